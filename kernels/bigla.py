@@ -1,0 +1,17 @@
+"""Bidirectional gated linear attention: checks and dispatch."""
+
+from torch import Tensor
+
+from mmvig.kernels import reference
+
+
+def bidirectional_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gate_fwd: Tensor,
+    log_gate_bwd: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """Bidirectional GLA; arguments and result as in `reference.bidirectional_gla`."""
+    return reference.bidirectional_gla(q, k, v, log_gate_fwd, log_gate_bwd, scale)
