@@ -1,4 +1,5 @@
-"""Build script: `kernels/` is installed as `mmvig.kernels`; configs and tools ship in `mmvig/.mim/`."""
+"""Build script: `kernels/` becomes `mmvig.kernels`; configs and tools ship in `mmvig/.mim/`."""
+
 from setuptools import find_packages, setup
 
 setup(

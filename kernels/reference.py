@@ -1,7 +1,7 @@
 """Every operator of this package in plain PyTorch: its definition, written to be read.
 
-Shape legend: B batch, N tokens, H heads, K key dim, V value dim; S value tokens, Q queries, L levels,
-P points, D channels of a head.
+Shape legend: B batch, N tokens, H heads, K key dim, V value dim; S value tokens, Q queries,
+L levels, P points, D channels of a head.
 """
 
 import torch
@@ -19,9 +19,9 @@ def bidirectional_gla(
 ) -> Tensor:
     """Bidirectional gated linear attention, one token at a time (arXiv 2405.18425, section 3.2).
 
-    Per head and direction: `S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t`, `o_t = scale * q_t S_t`; the
-    backward direction runs from the last token to the first with its own gate, taken at token t. Both
-    include the current token, and the result is the mean of the two.
+    Per head and direction: `S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t`, `o_t = scale * q_t S_t`;
+    the backward direction runs from the last token to the first with its own gate, taken at
+    token t. Both include the current token, and the result is the mean of the two.
 
     Args:
         q, k: (B, N, H, K).
