@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mmvig.kernels import reference
+from mmvig.kernels import bigla_chunked
 
 
 def bidirectional_gla(
@@ -14,4 +14,4 @@ def bidirectional_gla(
     scale: float | None = None,
 ) -> Tensor:
     """Bidirectional GLA; arguments and result as in `reference.bidirectional_gla`."""
-    return reference.bidirectional_gla(q, k, v, log_gate_fwd, log_gate_bwd, scale)
+    return bigla_chunked.bidirectional_gla(q, k, v, log_gate_fwd, log_gate_bwd, scale)
