@@ -3,9 +3,10 @@
 Shape legend: B batch, N tokens, H heads, K key dim, V value dim, n chunks, C tokens of a chunk.
 
 Only sums of log gates (never differences) are exponentiated, and log gates are at most 0, so no
-exponent is positive and nothing overflows, however strong the gates. Two trees make that possible:
-inside a chunk, blocks of 1, 2, 4 … tokens are joined pairwise, the decay between two halves measured
-to and from their common border; across chunks, states are joined the same way (Blelloch's scan).
+exponent is positive and nothing overflows, however strong the gates. Two trees make that
+possible: inside a chunk, blocks of 1, 2, 4 … tokens are joined pairwise, the decay between two
+halves measured to and from their common border; across chunks, states are joined the same way
+(Blelloch's scan).
 """
 
 import torch
@@ -46,8 +47,8 @@ def _to_chunks(x: Tensor) -> Tensor:
 def _scores(q: Tensor, k: Tensor, fwd: Tensor, bwd: Tensor) -> Tensor:
     """Attention inside each chunk, both directions: (…, C, K) each to (…, C, C).
 
-    Entry (i, j) is `sum_k q_ik k_jk d_ijk` with the forward decay d below the diagonal, the backward
-    one above it, and 2 on it, where both directions see the token itself.
+    Entry (i, j) is `sum_k q_ik k_jk d_ijk` with the forward decay d below the diagonal, the
+    backward one above it, and 2 on it, where both directions see the token itself.
     """
     scores = 2 * (q * k).sum(-1)[..., None, None]
     size = 1

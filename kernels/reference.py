@@ -70,21 +70,20 @@ def ms_deform_attn(
         attention_weights: (B, Q, H, L, P).
 
     Returns:
-        (B, Q, H * D) in the dtype of value.
+        (B, Q, H * D) in the dtype of value; computed in that dtype or float32, whichever is wider.
     """
     b, _, h, d = value.shape
     q = sampling_locations.shape[1]
-    grids = 2 * sampling_locations - 1
-    out = value.new_zeros(b * h, d, q)
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    grids = 2 * sampling_locations.to(dtype) - 1
+    out = value.new_zeros(b * h, d, q, dtype=dtype)
     levels = zip(spatial_shapes.tolist(), level_start_index.tolist(), strict=True)
     for level, ((height, width), start) in enumerate(levels):
-        maps = value[:, start : start + height * width].permute(0, 2, 3, 1)
+        maps = value[:, start : start + height * width].to(dtype).permute(0, 2, 3, 1)
         if maps.numel() == 0:
             continue
         grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
-        samples = F.grid_sample(
-            maps.reshape(b * h, d, height, width), grid.to(value.dtype), align_corners=False
-        )
+        samples = F.grid_sample(maps.reshape(b * h, d, height, width), grid, align_corners=False)
         weights = attention_weights[:, :, :, level].transpose(1, 2).flatten(0, 1)
-        out = out + (samples * weights[:, None].to(value.dtype)).sum(-1)
-    return out.view(b, h * d, q).transpose(1, 2).contiguous()
+        out = out + (samples * weights[:, None].to(dtype)).sum(-1)
+    return out.view(b, h * d, q).transpose(1, 2).to(value.dtype).contiguous()

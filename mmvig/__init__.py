@@ -1,0 +1,14 @@
+"""mmvig: the ViG backbone, its adapter and its kernels for mmdet and mmseg.
+
+`custom_imports = dict(imports=['mmvig'])` in a config is all that a pipeline needs: the import
+answers for `mmcv._ext` where mmcv has no compiled operators, and registers everything in
+mmengine's root registries, where every OpenMMLab library looks.
+"""
+
+from mmvig import mmcv_ext
+
+mmcv_ext.install()  # before anything below imports mmcv's operators
+
+from mmvig import datasets, engine, models  # noqa: E402
+
+__all__ = ['datasets', 'engine', 'mmcv_ext', 'models']

@@ -1,0 +1,5 @@
+"""Networks: `layers` on the kernels, `backbones` on the layers."""
+
+from mmvig.models.backbones import TimmViT, ViG, ViTAdapter
+
+__all__ = ['TimmViT', 'ViG', 'ViTAdapter']

@@ -1,0 +1,7 @@
+"""Backbones, registered in mmengine's root registry."""
+
+from mmvig.models.backbones.vig import ViG
+from mmvig.models.backbones.vit import TimmViT
+from mmvig.models.backbones.vit_adapter import ViTAdapter
+
+__all__ = ['TimmViT', 'ViG', 'ViTAdapter']

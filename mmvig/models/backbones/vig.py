@@ -1,0 +1,122 @@
+"""ViG, plain: gated linear attention at one resolution, stride 16 (arXiv 2405.18425)."""
+
+import torch
+from mmengine.registry import MODELS
+from timm.layers import DropPath, trunc_normal_
+from torch import Tensor, nn
+
+from mmvig.models.backbones.plain_trunk import PlainTrunk
+from mmvig.models.layers.embed import ConvPatchEmbed
+from mmvig.models.layers.ffn import SwiGLU
+from mmvig.models.layers.mixer import BiGLAMixer
+from mmvig.models.utils import parse_arch
+
+PATCH_SIZE = 16
+EPS = 1e-6
+
+
+class ViGBlock(nn.Module):
+    """`x + mixer(rms_norm(x))`, then `x + swiglu(rms_norm(x))`, drop path on both branches.
+
+    Args:
+        embed_dims: C.
+        num_heads: Heads of the mixer.
+        mlp_dims: Hidden channels of the SwiGLU.
+        conv_act, out_act: See `BiGLAMixer`.
+        drop_path: Probability that a sample skips a branch.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        mlp_dims: int,
+        conv_act: bool,
+        out_act: bool,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(embed_dims, eps=EPS)
+        self.attn = BiGLAMixer(embed_dims, num_heads, conv_act, out_act)
+        self.mlp_norm = nn.RMSNorm(embed_dims, eps=EPS)
+        self.mlp = SwiGLU(embed_dims, mlp_dims)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        """(B, N, C) tokens of an h x w map to (B, N, C)."""
+        x = x + self.drop_path(self.attn(self.attn_norm(x), hw))
+        return x + self.drop_path(self.mlp(self.mlp_norm(x)))
+
+
+@MODELS.register_module()
+class ViG(PlainTrunk):
+    """ViG trunk for dense prediction, at any image size, in time and memory linear in its area.
+
+    Source: arXiv 2405.18425; layers and parameter names as in its official classification code.
+    Returns, for an image batch (B, in_channels, H, W), a map (B, C, H / 16, W / 16) per out index.
+
+    Args:
+        arch: 'tiny', 'small' or 'base', or a dict with the keys of `ViG.arch_zoo`'s entries.
+        in_channels: Channels of the image.
+        pretrain_size: Side in pixels of the images that the position embedding is learned on.
+        out_indices: Blocks whose output is returned; negative ones count from the last.
+        final_norm: Whether the trunk has its final RMSNorm, applied to the last block's output.
+        drop_path_rate: Drop path of the last block; the others' rise linearly to it.
+        frozen_stages: -1 trains everything; 0 freezes patch and position embedding; n also the
+            first n blocks.
+        with_cp: Recompute each block in the backward pass instead of keeping its activations.
+        init_cfg: `dict(type='Pretrained', checkpoint=FILE)` for official or own weights.
+
+    Raises:
+        ValueError: For an unknown arch, an index out of range, heads that do not divide dims.
+    """
+
+    arch_zoo = {
+        'tiny': dict(
+            embed_dims=192, depth=12, num_heads=3, mlp_dims=512, conv_act=True, out_act=True
+        ),
+        'small': dict(
+            embed_dims=384, depth=12, num_heads=6, mlp_dims=1024, conv_act=False, out_act=False
+        ),
+        'base': dict(
+            embed_dims=768, depth=12, num_heads=12, mlp_dims=2048, conv_act=False, out_act=False
+        ),
+    }
+
+    def __init__(
+        self,
+        arch: str | dict = 'tiny',
+        in_channels: int = 3,
+        pretrain_size: int = 224,
+        out_indices: tuple[int, ...] = (-1,),
+        final_norm: bool = True,
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        init_cfg: dict | None = None,
+    ) -> None:
+        settings = parse_arch(arch, self.arch_zoo)
+        dims, depth = settings['embed_dims'], settings.pop('depth')
+        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        super().__init__(
+            patch_embed=ConvPatchEmbed(in_channels, dims),
+            pos_embed=nn.Parameter(torch.zeros(1, (pretrain_size // PATCH_SIZE) ** 2, dims)),
+            blocks=nn.ModuleList(ViGBlock(**settings, drop_path=rate) for rate in rates),
+            norm=nn.RMSNorm(dims, eps=EPS) if final_norm else None,
+            in_channels=in_channels,
+            patch_size=PATCH_SIZE,
+            out_indices=out_indices,
+            drop_path_rate=drop_path_rate,
+            frozen_stages=frozen_stages,
+            with_cp=with_cp,
+            init_cfg=init_cfg,
+        )
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)

@@ -1,0 +1,258 @@
+"""ViT-Adapter around a plain trunk: four maps for detection and segmentation.
+
+Shape legend: B batch, C channels, (H, W) image, (h, w) the trunk's token grid, N = h * w tokens,
+S tokens of the three levels of strides 8, 16 and 32, concatenated.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import build_norm_layer
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from timm.layers import DropPath, trunc_normal_
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmvig.checkpoint import init_pretrained
+from mmvig.models.layers.deform_attn import DeformableAttention, Levels
+from mmvig.models.layers.embed import check_image, pad_to_multiple, to_map, to_tokens
+from mmvig.models.layers.ffn import ConvFFN
+from mmvig.models.layers.spatial_prior import SpatialPriorModule, init_conv
+
+EPS = 1e-6
+STRIDES = (4, 8, 16, 32)
+
+
+class Injector(nn.Module):
+    """Tokens take from the pyramid: `x + gamma * attn(norm(x), norm(c))`; gamma starts at 0."""
+
+    def __init__(self, dims: int, num_heads: int, num_points: int, value_ratio: float) -> None:
+        super().__init__()
+        self.query_norm = nn.LayerNorm(dims, eps=EPS)
+        self.feat_norm = nn.LayerNorm(dims, eps=EPS)
+        self.attn = DeformableAttention(dims, num_heads, 3, num_points, value_ratio)
+        self.gamma = nn.Parameter(torch.zeros(dims))
+
+    def forward(self, x: Tensor, points: Tensor, c: Tensor, pyramid: Levels) -> Tensor:
+        """x (B, N, C) with reference points (N, 2), c (B, S, C) of three levels, to (B, N, C)."""
+        return x + self.gamma * self.attn(self.query_norm(x), points, self.feat_norm(c), pyramid)
+
+
+class Extractor(nn.Module):
+    """The pyramid takes from the tokens, then a feed-forward network with a depthwise conv."""
+
+    def __init__(
+        self,
+        dims: int,
+        num_heads: int,
+        num_points: int,
+        value_ratio: float,
+        ffn_ratio: float,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.query_norm = nn.LayerNorm(dims, eps=EPS)
+        self.feat_norm = nn.LayerNorm(dims, eps=EPS)
+        self.attn = DeformableAttention(dims, num_heads, 1, num_points, value_ratio)
+        self.ffn = ConvFFN(dims, int(dims * ffn_ratio))
+        self.ffn_norm = nn.LayerNorm(dims, eps=EPS)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self, c: Tensor, points: Tensor, x: Tensor, grid: Levels, pyramid: Levels
+    ) -> Tensor:
+        """c (B, S, C) of the pyramid with points (S, 2), x (B, N, C) of the grid, to (B, S, C)."""
+        c = c + self.attn(self.query_norm(c), points, self.feat_norm(x), grid)
+        return c + self.drop_path(self.ffn(self.ffn_norm(c), pyramid.shapes))
+
+
+class Interaction(nn.Module):
+    """Parts of one interaction: an injector before some blocks of the trunk, extractors after."""
+
+    def __init__(self, injector: Injector, extractor: Extractor, extra: list[Extractor]) -> None:
+        super().__init__()
+        self.injector = injector
+        self.extractor = extractor
+        self.extra_extractors = nn.ModuleList(extra) if extra else None
+
+    def extract(
+        self, c: Tensor, points: Tensor, x: Tensor, grid: Levels, pyramid: Levels
+    ) -> Tensor:
+        """Runs the extractors in turn; arguments as of `Extractor.forward`."""
+        for extractor in (self.extractor, *(self.extra_extractors or ())):
+            c = extractor(c, points, x, grid, pyramid)
+        return c
+
+
+@MODELS.register_module()
+class ViTAdapter(BaseModule):
+    """Wraps a plain trunk and returns maps of strides 4, 8, 16 and 32, each with C channels.
+
+    A spatial prior module makes a pyramid of the image; in a few interactions, spread over the
+    blocks, deformable attention carries it into the tokens and the tokens back into it. Source:
+    ViT-Adapter (arXiv 2205.08534); parameter names as in its release.
+
+    Args:
+        trunk: Config of a `PlainTrunk`, such as `dict(type='ViG', arch='tiny')`; it is built
+            without its final norm. Its drop path rate also serves the extractors.
+        deform_num_heads: Heads of deformable attention.
+        deform_ratio: Value channels of deformable attention, as a share of C.
+        n_points: Samples that a query takes from each level.
+        conv_inplane: Channels of the spatial prior's stem.
+        cffn_ratio: Hidden channels of the extractors' feed-forward network, as a share of C.
+        interaction_indexes: First and last block of each interaction.
+        num_extra_extractors: Further extractors in the last interaction.
+        token_maps: What is added to the outputs: 'last' adds the trunk's last tokens to all four
+            (detection), 'each' those after interaction i to output i (segmentation).
+        norm_cfg: Batch norm of the spatial prior and the outputs.
+        with_cp: Recompute injectors and extractors in the backward pass; the trunk has its own.
+        init_cfg: `dict(type='Pretrained', checkpoint=FILE)` for weights of trunk and adapter in
+            ours or ViT-Adapter's flat layout, or of the trunk alone.
+
+    Raises:
+        ValueError: For a setting that does not fit the trunk.
+    """
+
+    def __init__(
+        self,
+        trunk: dict,
+        deform_num_heads: int = 6,
+        deform_ratio: float = 1.0,
+        n_points: int = 4,
+        conv_inplane: int = 64,
+        cffn_ratio: float = 0.25,
+        interaction_indexes: tuple[tuple[int, int], ...] = ((0, 2), (3, 5), (6, 8), (9, 11)),
+        num_extra_extractors: int = 2,
+        token_maps: str = 'last',
+        norm_cfg: dict = dict(type='SyncBN', requires_grad=True),  # noqa: B006
+        with_cp: bool = False,
+        init_cfg: dict | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        if trunk.get('final_norm'):
+            raise ValueError('the adapter does not use the final norm of its trunk: leave it out')
+        self.trunk = MODELS.build(dict(trunk, final_norm=False))
+        self.interaction_indexes = _check_interactions(interaction_indexes, len(self.trunk.blocks))
+        self.token_maps = _check_token_maps(token_maps, len(interaction_indexes))
+        self.with_cp = with_cp
+
+        dims = self.trunk.embed_dims
+        deform = (dims, deform_num_heads, n_points, deform_ratio)
+
+        def extractor() -> Extractor:
+            return Extractor(*deform, cffn_ratio, self.trunk.drop_path_rate)
+
+        self.level_embed = nn.Parameter(torch.randn(3, dims))
+        self.spm = SpatialPriorModule(self.trunk.in_channels, dims, conv_inplane, norm_cfg)
+        num_extra = [0] * (len(interaction_indexes) - 1) + [num_extra_extractors]
+        self.interactions = nn.ModuleList(
+            Interaction(Injector(*deform), extractor(), [extractor() for _ in range(n)])
+            for n in num_extra
+        )
+        self.up = nn.ConvTranspose2d(dims, dims, 2, 2)
+        self.norm1, self.norm2, self.norm3, self.norm4 = (
+            build_norm_layer(norm_cfg, dims)[1] for _ in STRIDES
+        )
+        self._reset_parameters()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Image batch (B, in_channels, H, W) to maps (B, C, H / s, W / s) for s = 4, 8, 16, 32.
+
+        Sides are rounded up where they are no multiples of the stride.
+
+        Raises:
+            ValueError: For other channels, or an image smaller than a patch.
+        """
+        check_image(x, self.trunk.in_channels, self.trunk.patch_size)
+        sizes = [(-(-x.shape[2] // s), -(-x.shape[3] // s)) for s in STRIDES]
+        x = pad_to_multiple(x, STRIDES[-1])
+
+        c1, *maps = self.spm(x)
+        pyramid = Levels([(m.shape[2], m.shape[3]) for m in maps], x.device)
+        c = torch.cat([to_tokens(m) + e for m, e in zip(maps, self.level_embed, strict=True)], 1)
+        c, token_maps = self._interact(*self.trunk.embed(x), c, pyramid)
+
+        c2, c3, c4 = (
+            to_map(t, hw) for t, hw in zip(c.split(pyramid.sizes, 1), pyramid.shapes, strict=True)
+        )
+        outs = []
+        for i, m in enumerate((self.up(c2) + c1, c2, c3, c4)):
+            tokens = token_maps[i if self.token_maps == 'each' else -1]
+            norm = getattr(self, f'norm{i + 1}')
+            out = norm(m + _resize(tokens, (m.shape[2], m.shape[3])))
+            outs.append(out[:, :, : sizes[i][0], : sizes[i][1]].contiguous())
+        return tuple(outs)
+
+    def _interact(
+        self, x: Tensor, hw: tuple[int, int], c: Tensor, pyramid: Levels
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Runs trunk and interactions: the pyramid (B, S, C), and the token map after each."""
+        grid = Levels([hw], x.device)
+        x_points, c_points = grid.centers(), pyramid.centers()
+        token_maps = []
+        for part, (first, last) in zip(self.interactions, self.interaction_indexes, strict=True):
+            x = self._run(part.injector, x, x_points, c, pyramid)
+            x = self.trunk.forward_blocks(x, hw, first, last + 1)
+            c = self._run(part.extract, c, c_points, x, grid, pyramid)
+            token_maps.append(to_map(x, hw))
+        return c, token_maps
+
+    def _run(self, function: Callable[..., Tensor], *args: Tensor | Levels) -> Tensor:
+        if self.with_cp and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+    def init_weights(self) -> None:
+        """Loads the checkpoint that `init_cfg` names, if it names one; else the trunk's."""
+        if not init_pretrained(self):
+            super().init_weights()
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Layer of a parameter for layer-wise learning-rate decay, and the number of layers.
+
+        The trunk's parameters have the trunk's layers; the adapter's own learn at the full rate.
+        """
+        trunk_prefix = f'{prefix}trunk.'
+        _, num_layers = self.trunk.get_layer_depth(param_name, trunk_prefix)
+        if param_name.startswith(trunk_prefix):
+            return self.trunk.get_layer_depth(param_name, trunk_prefix)
+        return num_layers - 1, num_layers
+
+    def _reset_parameters(self) -> None:
+        for interaction in self.interactions:
+            for name, module in interaction.named_modules():
+                if isinstance(module, nn.Conv2d):
+                    init_conv(module)
+                elif isinstance(module, nn.Linear) and '.ffn.' in f'.{name}':
+                    trunc_normal_(module.weight, std=0.02)
+                    nn.init.zeros_(module.bias)
+        init_conv(self.up)
+
+
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, pixel centres at half-integers; (B, C, h, w) to (B, C, *size)."""
+    if x.shape[2:] == size:
+        return x
+    return F.interpolate(x, size=size, mode='bilinear', align_corners=False)
+
+
+def _check_interactions(
+    indexes: tuple[tuple[int, int], ...], depth: int
+) -> tuple[tuple[int, int], ...]:
+    blocks = [i for first, last in indexes for i in range(first, last + 1)]
+    if blocks != list(range(depth)):
+        raise ValueError(
+            f'interaction_indexes {indexes} must cover the {depth} blocks of the trunk once each, '
+            'in order, such as ((0, 2), (3, 5), (6, 8), (9, 11))'
+        )
+    return tuple(tuple(pair) for pair in indexes)
+
+
+def _check_token_maps(token_maps: str, num_interactions: int) -> str:
+    if token_maps not in ('last', 'each'):
+        raise ValueError(f"token_maps must be 'last' or 'each', got {token_maps!r}")
+    if token_maps == 'each' and num_interactions != len(STRIDES):
+        raise ValueError(f"token_maps='each' needs 4 interactions, got {num_interactions}")
+    return token_maps

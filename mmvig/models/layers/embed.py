@@ -1,0 +1,119 @@
+"""From images to tokens: patch embedding, position embedding, and the two layouts of a map.
+
+Shape legend: B batch, C channels, (h, w) token grid, N = h * w tokens, (H, W) image.
+"""
+
+import math
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+
+def to_map(x: Tensor, hw: tuple[int, int]) -> Tensor:
+    """(B, N, C) tokens to a (B, C, h, w) view, channels last in memory."""
+    return x.unflatten(1, hw).permute(0, 3, 1, 2)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, h, w) to (B, N, C), row-major; a view where the map is channels last in memory."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def check_image(x: Tensor, in_channels: int, patch_size: int) -> None:
+    """Raises ValueError where (B, C, H, W) has other channels, or a side shorter than a patch."""
+    if x.dim() != 4 or x.shape[1] != in_channels:
+        raise ValueError(
+            f'expected an image batch (B, {in_channels}, H, W), got {tuple(x.shape)}: '
+            'set in_channels, or convert the images'
+        )
+    if min(x.shape[2:]) < patch_size:
+        raise ValueError(
+            f'image of {x.shape[2]}x{x.shape[3]} pixels is smaller than one patch '
+            f'({patch_size}x{patch_size}): resize or pad it'
+        )
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Pads (B, C, H, W) with zeros, right and bottom, to multiples of `multiple` pixels."""
+    pad_h, pad_w = -x.shape[2] % multiple, -x.shape[3] % multiple
+    return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h or pad_w else x
+
+
+class ConvPatchEmbed(nn.Module):
+    """Patches of 16x16 pixels through two overlapping convs (arXiv 2405.18425, official code).
+
+    Args:
+        in_channels: Channels of the image.
+        embed_dims: C, channels of a token.
+    """
+
+    def __init__(self, in_channels: int, embed_dims: int) -> None:
+        super().__init__()
+        mid = embed_dims // 2
+        self.proj = nn.Sequential(
+            nn.Conv2d(in_channels, mid, 9, stride=8, padding=1),
+            LayerNorm2d(mid, eps=1e-5),
+            nn.SiLU(),
+            nn.Conv2d(mid, embed_dims, 3, stride=2, padding=1),
+            LayerNorm2d(embed_dims, eps=1e-5),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W), sides multiples of 16, to (B, C, H / 16, W / 16)."""
+        return self.proj(x)
+
+
+def resize_pos_embed(pos_embed: Tensor, hw: tuple[int, int]) -> Tensor:
+    """Resizes a square grid (1, M * M, C) to (1, h * w, C), bicubic, in float32.
+
+    Raises:
+        ValueError: If the number of positions is no square.
+    """
+    side = math.isqrt(pos_embed.shape[1])
+    if side * side != pos_embed.shape[1]:
+        raise ValueError(f'position embedding of {pos_embed.shape[1]} tokens is no square grid')
+    if hw == (side, side):
+        return pos_embed
+    grid = to_map(pos_embed.float(), (side, side))
+    grid = F.interpolate(grid, size=hw, mode='bicubic', align_corners=False)
+    return to_tokens(grid).to(pos_embed.dtype)
+
+
+class PosEmbedResizer:
+    """Resizes a position embedding to a token grid; in inference once per size.
+
+    Keeps the grids of the last sizes until the parameter changes. No module: holds no state that
+    belongs into a checkpoint.
+
+    Args:
+        max_sizes: Sizes that are kept.
+    """
+
+    def __init__(self, max_sizes: int = 8) -> None:
+        self.max_sizes = max_sizes
+        self._cache: OrderedDict[tuple, Tensor] = OrderedDict()
+
+    def __call__(self, pos_embed: Tensor, hw: tuple[int, int]) -> Tensor:
+        """(1, M * M, C) to (1, h * w, C)."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or pos_embed.is_meta:
+            return resize_pos_embed(pos_embed, hw)
+        if pos_embed.is_inference():
+            return resize_pos_embed(pos_embed, hw)  # inference tensors count no versions
+        # an optimizer step or a loaded checkpoint changes the version, a move the pointer
+        key = (hw, pos_embed.dtype, pos_embed.device, pos_embed.data_ptr(), pos_embed._version)
+        if key not in self._cache:
+            self._cache[key] = resize_pos_embed(pos_embed, hw)
+            while len(self._cache) > self.max_sizes:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    def __deepcopy__(self, memo: dict) -> 'PosEmbedResizer':
+        """A copy of the model starts with an empty cache."""
+        return PosEmbedResizer(self.max_sizes)
+
+    def __getstate__(self) -> dict:
+        return {'max_sizes': self.max_sizes, '_cache': OrderedDict()}
