@@ -1,0 +1,106 @@
+"""Checks of the data that a config names, before anything is built on it.
+
+What mmdet and mmseg make of bad data is obscure or silent: training on nothing because a category
+is spelt otherwise, an OpenCV assertion without the file's name, half-grey pictures of a truncated
+download, a CUDA assertion for a label out of range. Here each gets one line.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.logging import print_log
+from mmengine.registry import DATASETS
+
+from .checks_coco import check_coco
+from .checks_files import require_paths
+from .checks_seg import check_seg
+from .shapes_files import GeneratedShapes
+
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+
+
+def check_data(cfg: Config, loaders: Sequence[str] = LOADERS, *, open_files: bool = True) -> None:
+    """Check the data of a config's loaders; to be called before the runner is built.
+
+    Covers datasets that load as `mmdet.CocoDataset` does and those derived from
+    `mmseg.BaseSegDataset`; of others only the paths. Shapes data sets are created on the way. Data
+    in remote storage (`backend_args`, paths such as `s3://...`) are not checked. Under a
+    distributed launcher one process a host checks.
+
+    Args:
+        cfg: A detection or segmentation config.
+        loaders: The data loaders to check; those that the config lacks are skipped.
+        open_files: Whether to read the ends of every image and the whole of every label map too,
+            which takes seconds per ten thousand files.
+
+    Raises:
+        FileNotFoundError: If folders or files are missing.
+        ValueError: If an annotation file, an image or a label map cannot be used.
+    """
+    if int(os.environ.get('LOCAL_RANK', 0)) != 0:
+        return
+    done = []
+    for loader in loaders:
+        if cfg.get(loader) is None:
+            continue
+        metrics = _metrics(cfg.get(loader.replace('dataloader', 'evaluator')))
+        for dataset_cfg in _leaves(cfg[loader]['dataset']):
+            job = (dataset_cfg, metrics)
+            if job not in done:  # a test loader mostly repeats the validation loader
+                done.append(job)
+                with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
+                    # Without its data, a dataset of any type gives its classes and joined paths.
+                    dataset = registry.build({**dataset_cfg, 'lazy_init': True, 'pipeline': []})
+                _check_dataset(loader, dataset_cfg, dataset, metrics, open_files)
+
+
+def _metrics(evaluator: dict | list | None) -> list[dict]:
+    """The metrics of an evaluator in any of the forms that mmengine takes."""
+    if evaluator is None:
+        return []
+    return list(evaluator) if isinstance(evaluator, Sequence) else [evaluator]
+
+
+def _leaves(dataset_cfg: dict) -> Iterator[dict]:
+    """The datasets inside wrappers such as `ConcatDataset` and `RepeatDataset`."""
+    inner = dataset_cfg.get('datasets', dataset_cfg.get('dataset'))
+    if inner is None:
+        yield dataset_cfg
+        return
+    for child in inner if isinstance(inner, Sequence) else [inner]:
+        yield from _leaves(child)
+
+
+def _check_dataset(
+    loader: str, dataset_cfg: dict, dataset: Any, metrics: list[dict], open_files: bool
+) -> None:
+    paths = [path for path in (dataset.ann_file, *dataset.data_prefix.values()) if path]
+    if dataset_cfg.get('backend_args') or any('://' in path for path in paths):
+        print_log(f'{loader}: data in remote storage are not checked', 'current')
+        return
+    if isinstance(dataset, GeneratedShapes):
+        dataset.create()
+    # A loader without a metric that reads them needs no annotations: test-dev, for example.
+    annotated = not metrics or not all(metric.get('format_only') for metric in metrics)
+    if _is_coco(dataset):
+        check_coco(loader, dataset_cfg, dataset, metrics, annotated, open_files)
+    elif _base(dataset, 'BaseSegDataset') is not None:
+        check_seg(loader, dataset, annotated, open_files)
+    else:
+        require_paths(loader, dataset, paths)
+
+
+def _base(dataset: Any, name: str) -> type | None:
+    """The class of that name that a dataset derives from: mmdet and mmseg may be absent."""
+    return next((base for base in type(dataset).__mro__ if base.__name__ == name), None)
+
+
+def _is_coco(dataset: Any) -> bool:
+    """Whether a dataset reads its files as `mmdet.CocoDataset` does; LVIS, for one, does not."""
+    coco = _base(dataset, 'CocoDataset')
+    methods = ('load_data_list', 'parse_data_info')
+    return coco is not None and all(
+        getattr(type(dataset), method) is getattr(coco, method) for method in methods
+    )
