@@ -1,0 +1,223 @@
+"""Deformable convolution with and without modulation, on torchvision's kernels."""
+
+import torch
+import torchvision  # noqa: F401, registers torch.ops.torchvision
+from torch import Tensor
+
+from mmvig.mmcv_ext.numeric import wide
+
+
+def deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    im2col_step: int,
+) -> None:
+    """Deformable convolution (arXiv 1703.06211, equation 2), in float32 or wider.
+
+    Args:
+        input: (B, C, H, W).
+        weight: (O, C / group, kH, kW).
+        offset: (B, 2 * deformable_group * kH * kW, OH, OW), (y, x) of each tap, pixels.
+        output: (B, O, OH, OW), written.
+        columns, ones: Scratch of mmcv's kernels.
+        kW, kH, dW, dH, padW, padH, dilationW, dilationH: Kernel size, stride, padding, dilation.
+        group, deformable_group: Groups of the weight and of the offsets.
+        im2col_step: Images at a time in mmcv's kernel; torchvision's chooses for itself.
+    """
+    geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
+    output.copy_(_forward(input, weight, offset, None, None, geometry))
+
+
+def deform_conv_backward_input(
+    input: Tensor,
+    offset: Tensor,
+    gradOutput: Tensor,
+    gradInput: Tensor,
+    gradOffset: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    im2col_step: int,
+) -> None:
+    """Writes the gradients of `input` and `offset`; arguments as in the forward.
+
+    torchvision computes the weight's gradient along with these. It is left in `columns`, the
+    scratch that mmcv hands to `deform_conv_backward_parameters` right after.
+    """
+    geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
+    grads = _backward(gradOutput, input, weight, offset, None, None, geometry)
+    gradInput.copy_(grads[0])
+    gradOffset.copy_(grads[2])
+    columns.resize_(weight.shape).copy_(grads[1])
+
+
+def deform_conv_backward_parameters(
+    input: Tensor,
+    offset: Tensor,
+    gradOutput: Tensor,
+    gradWeight: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    scale: float,
+    im2col_step: int,
+) -> None:
+    """Adds `scale` times the weight's gradient to `gradWeight`; arguments as in the forward."""
+    if columns.shape == gradWeight.shape:
+        gradWeight.add_(columns, alpha=scale)
+        # Used up: another backward pass must not take it for its own.
+        columns.resize_(0)
+        return
+    geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
+    # The weight's gradient does not depend on the weight, only on its shape.
+    grads = _backward(gradOutput, input, gradWeight, offset, None, None, geometry)
+    gradWeight.add_(grads[1].to(gradWeight.dtype), alpha=scale)
+
+
+def modulated_deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    deformable_group: int,
+    with_bias: bool,
+) -> None:
+    """Modulated deformable convolution (arXiv 1811.11168, equation 1), in float32 or wider.
+
+    Args:
+        input: (B, C, H, W).
+        weight: (O, C / group, kernel_h, kernel_w).
+        bias: (O,), or empty without `with_bias`.
+        offset: (B, 2 * deformable_group * kernel_h * kernel_w, OH, OW), (y, x) of each tap, pixels.
+        mask: (B, deformable_group * kernel_h * kernel_w, OH, OW), factor of each tap.
+        output: (B, O, OH, OW), written.
+        ones, columns: Scratch of mmcv's kernels.
+        kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w: Geometry.
+        group, deformable_group: Groups of the weight and of the offsets.
+        with_bias: Whether to add `bias`.
+    """
+    geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
+    output.copy_(_forward(input, weight, offset, mask, bias if with_bias else None, geometry))
+
+
+def modulated_deform_conv_backward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    columns: Tensor,
+    grad_input: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad_offset: Tensor,
+    grad_mask: Tensor,
+    grad_output: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    deformable_group: int,
+    with_bias: bool,
+) -> None:
+    """Writes the five gradients; arguments as in the forward, `grad_bias` only with `with_bias`."""
+    geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
+    targets = [grad_input, grad_weight, grad_offset, grad_mask]
+    if with_bias:
+        targets.append(grad_bias)
+    grads = _backward(
+        grad_output, input, weight, offset, mask, bias if with_bias else None, geometry
+    )
+    for target, grad in zip(targets, grads, strict=False):
+        target.copy_(grad)
+
+
+def _forward(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    geometry: tuple[int, ...],
+) -> Tensor:
+    tensors = _arguments(input, weight, offset, mask, bias)
+    return torch.ops.torchvision.deform_conv2d(*tensors, *geometry, mask is not None)
+
+
+def _backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    geometry: tuple[int, ...],
+) -> tuple[Tensor, ...]:
+    """Gradients of input, weight, offset, mask and bias."""
+    tensors = _arguments(input, weight, offset, mask, bias)
+    grad_output = grad_output.to(tensors[0].dtype).contiguous()
+    return torch.ops.torchvision._deform_conv2d_backward(
+        grad_output, *tensors, *geometry, mask is not None
+    )
+
+
+def _arguments(
+    input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The tensors as torchvision's operator takes them: a mask it may ignore, always a bias."""
+    if mask is None:
+        mask = input.new_zeros(0)
+    if bias is None:
+        bias = input.new_zeros(weight.shape[0])
+    return wide(input, weight, offset, mask, bias)

@@ -1,0 +1,67 @@
+"""Every operator of the stand-in, by its name in `mmcv._ext`."""
+
+from collections.abc import Callable
+
+from mmvig.mmcv_ext import (
+    bbox_overlaps,
+    border_align,
+    carafe,
+    deform_conv,
+    deform_roi_pool,
+    focal_loss,
+    info,
+    masked_conv,
+    ms_deform_attn,
+    nms,
+    psamask,
+    roi_align,
+    roi_align_rotated,
+    roi_pool,
+    sync_bn,
+)
+
+OPS: dict[str, Callable[..., object]] = {
+    op.__name__: op
+    for op in (
+        bbox_overlaps.bbox_overlaps,
+        border_align.border_align_backward,
+        border_align.border_align_forward,
+        carafe.carafe_backward,
+        carafe.carafe_forward,
+        carafe.carafe_naive_backward,
+        carafe.carafe_naive_forward,
+        deform_conv.deform_conv_backward_input,
+        deform_conv.deform_conv_backward_parameters,
+        deform_conv.deform_conv_forward,
+        deform_conv.modulated_deform_conv_backward,
+        deform_conv.modulated_deform_conv_forward,
+        deform_roi_pool.deform_roi_pool_backward,
+        deform_roi_pool.deform_roi_pool_forward,
+        focal_loss.sigmoid_focal_loss_backward,
+        focal_loss.sigmoid_focal_loss_forward,
+        focal_loss.softmax_focal_loss_backward,
+        focal_loss.softmax_focal_loss_forward,
+        info.get_compiler_version,
+        info.get_compiling_cuda_version,
+        masked_conv.masked_col2im_forward,
+        masked_conv.masked_im2col_forward,
+        ms_deform_attn.ms_deform_attn_backward,
+        ms_deform_attn.ms_deform_attn_forward,
+        nms.nms,
+        nms.nms_match,
+        nms.softnms,
+        psamask.psamask_backward,
+        psamask.psamask_forward,
+        roi_align.roi_align_backward,
+        roi_align.roi_align_forward,
+        roi_align_rotated.roi_align_rotated_backward,
+        roi_align_rotated.roi_align_rotated_forward,
+        roi_pool.roi_pool_backward,
+        roi_pool.roi_pool_forward,
+        sync_bn.sync_bn_backward_data,
+        sync_bn.sync_bn_backward_param,
+        sync_bn.sync_bn_forward_mean,
+        sync_bn.sync_bn_forward_output,
+        sync_bn.sync_bn_forward_var,
+    )
+}
