@@ -77,7 +77,8 @@ def _check_dataset(
     loader: str, dataset_cfg: dict, dataset: Any, metrics: list[dict], open_files: bool
 ) -> None:
     paths = [path for path in (dataset.ann_file, *dataset.data_prefix.values()) if path]
-    if dataset_cfg.get('backend_args') or any('://' in path for path in paths):
+    backend = (dataset_cfg.get('backend_args') or {}).get('backend', 'local')
+    if backend != 'local' or any('://' in path for path in paths):
         print_log(f'{loader}: data in remote storage are not checked', 'current')
         return
     if isinstance(dataset, GeneratedShapes):

@@ -29,11 +29,11 @@ def require_paths(loader: str, dataset: Any, paths: Sequence[str]) -> None:
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         kind = type(dataset).__name__
-        wanted, absent = (', '.join(map(repr, some)) for some in (paths, missing))
+        absent = ' and '.join(map(repr, missing))
         source = SOURCES.get(kind, 'put the files there')
         raise FileNotFoundError(
-            f'{loader} ({kind}) needs {wanted}; {absent} not found in {os.getcwd()!r}; '
-            f'{source}, link an existing folder, or set data_root'
+            f'{loader} ({kind}): {absent} not found from {os.getcwd()!r}; {source}, link an '
+            'existing folder to the place, or set data_root'
         )
 
 

@@ -26,6 +26,7 @@ SPLITS = ('train', 'val')
 SPEC_FILE = 'shapes.json'
 MIN_SIDE = 64
 JPEG_QUALITY = 92
+BAR_STEPS = 25
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def ensure_shapes(root: str | Path, spec: ShapesSpec) -> None:
     Raises:
         ValueError: If `root` holds anything else; nothing in it is touched.
     """
-    root = Path(root)
+    root = Path(root).resolve()  # a link to an empty folder elsewhere is filled there
     if _is_there(root, spec):
         return
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -99,9 +100,11 @@ def _is_there(root: Path, spec: ShapesSpec) -> bool:
     try:
         found = json.loads((root / SPEC_FILE).read_text(encoding='utf-8'))
     except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
         raise ValueError(
             f'{str(root)!r} exists and is no shapes data set (no readable {SPEC_FILE}); {remedy}'
-        ) from None
+        )
     wanted = _record(spec)
     if found != wanted:
         differ = [key for key in wanted if found.get(key) != wanted[key]]
@@ -125,7 +128,8 @@ def _write(root: Path, spec: ShapesSpec) -> None:
     print_log(
         f'Drawing the shapes data set: {_values(asdict(spec), list(asdict(spec)))}', 'current'
     )
-    bar = ProgressBar(sum(spec.counts().values()))
+    total = sum(spec.counts().values())
+    bar, step = ProgressBar(total), max(1, total // BAR_STEPS)
     (root / 'annotations').mkdir(parents=True)
     for split_index, (split, count) in enumerate(spec.counts().items()):
         for folder in ('img_dir', 'ann_dir'):
@@ -136,7 +140,8 @@ def _write(root: Path, spec: ShapesSpec) -> None:
             scene = draw_scene(rng, spec.height, spec.width)
             _write_scene(root, split, f'{index:06d}', scene)
             _add_instances(instances, index, scene)
-            bar.update()
+            if index % step == step - 1 or index == count - 1:  # a log shows every update
+                bar.update(index % step + 1)
         path = root / 'annotations' / f'instances_{split}.json'
         path.write_text(json.dumps(instances), encoding='utf-8')
     bar.file.write('\n')

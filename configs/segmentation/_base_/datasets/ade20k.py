@@ -6,7 +6,7 @@ backend_args = None
 
 train_pipeline = [
     dict(type='LoadImageFromFile', backend_args=backend_args),
-    dict(type='LoadAnnotations', reduce_zero_label=True, backend_args=backend_args),
+    dict(type='LoadAnnotations', backend_args=backend_args),
     dict(type='RandomResize', scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
     dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
@@ -17,7 +17,7 @@ test_pipeline = [
     dict(type='LoadImageFromFile', backend_args=backend_args),
     dict(type='Resize', scale=(2048, 512), keep_ratio=True),
     # After the resize: predictions are compared at the image's own size.
-    dict(type='LoadAnnotations', reduce_zero_label=True, backend_args=backend_args),
+    dict(type='LoadAnnotations', backend_args=backend_args),
     dict(type='PackSegInputs'),
 ]
 train_dataloader = dict(
