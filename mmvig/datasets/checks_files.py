@@ -12,13 +12,11 @@ THREADS = 16
 LISTED = 5  # values that a message lists before it only counts
 JPEG_START, JPEG_END = b'\xff\xd8\xff', b'\xff\xd9'
 PNG_START, PNG_END = b'\x89PNG\r\n\x1a\n', b'IEND\xaeB`\x82'
-# How to get the data of a dataset type; other types are the user's own.
+# Where the data of a dataset type come from.
 SOURCES = {
-    'CocoDataset': 'get train2017, val2017 and annotations from https://cocodataset.org/#download',
-    'ADE20KDataset': 'get ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu',
-    'CamVidDataset': 'lay CamVid out as docs/data.md of mmvig says',
-    'ShapesDetDataset': 'remove the folder to have it drawn anew',
-    'ShapesSegDataset': 'remove the folder to have it drawn anew',
+    'CocoDataset': ' (COCO 2017: https://cocodataset.org/#download)',
+    'ADE20KDataset': ' (ADEChallengeData2016.zip: http://sceneparsing.csail.mit.edu)',
+    'CamVidDataset': ' (CamVid: docs/data.md of mmvig says how)',
 }
 
 Item = TypeVar('Item')
@@ -30,10 +28,10 @@ def require_paths(loader: str, dataset: Any, paths: Sequence[str]) -> None:
     if missing:
         kind = type(dataset).__name__
         absent = ' and '.join(map(repr, missing))
-        source = SOURCES.get(kind, 'put the files there')
+        source = SOURCES.get(kind, '')
         raise FileNotFoundError(
-            f'{loader} ({kind}): {absent} not found from {os.getcwd()!r}; {source}, link an '
-            'existing folder to the place, or set data_root'
+            f'{loader} ({kind}): {absent} not found from {os.getcwd()!r}; put the data there{source}, '
+            'link an existing folder, or set data_root'
         )
 
 
