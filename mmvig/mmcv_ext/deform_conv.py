@@ -217,7 +217,7 @@ def _arguments(
 ) -> tuple[Tensor, ...]:
     """The tensors as torchvision's operator takes them: a mask it may ignore, always a bias."""
     if mask is None:
-        mask = input.new_zeros(0)
+        mask = input.new_zeros(len(input), 1)
     if bias is None:
         bias = input.new_zeros(weight.shape[0])
     return wide(input, weight, offset, mask, bias)
