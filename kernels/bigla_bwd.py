@@ -15,28 +15,16 @@ from mmvig.kernels.bigla_plan import Plan, make_plan
 from mmvig.kernels.bigla_tiles import (
     LOG2E,
     MAX_CHUNK_BITS,
+    before,
+    load_state,
     load_tile,
     reduce_segment,
-    state_tile,
+    store_state,
+    store_states,
     store_tile,
     sum_gates,
+    total_gate,
 )
-
-
-@triton.jit
-def store_states(
-    p_states, p_decays, right, left, right_total, left_total, flow, slot, first_flow, v0,
-    K, V, BK: tl.constexpr, BV: tl.constexpr, DECAYS: tl.constexpr,
-):  # fmt: skip
-    """Writes what `reduce_segment` returned as flows `first_flow` (right) and the next (left)."""
-    p, mask = state_tile(p_states + (first_flow * flow + slot) * K * V, K, V, v0, BK, BV, False)
-    tl.store(p, right, mask=mask)
-    tl.store(p + flow * K * V, left, mask=mask)
-    if DECAYS:
-        cols = tl.arange(0, BK)
-        mask = (cols < K) & (v0 == 0)
-        tl.store(p_decays + slot * K + cols, right_total, mask=mask)
-        tl.store(p_decays + (flow + slot) * K + cols, left_total, mask=mask)
 
 
 @triton.jit(do_not_specialize=['N', 'H', 'segment', 'n_segments'])
@@ -113,6 +101,36 @@ def exact_grads(
 
 
 @triton.jit
+def exact_chunk(
+    q, k, v, do, gf, gb, c, d, s_f, s_b, ds_f, ds_b, p_k, p_gf, p_gb, p_dq, p_dk, p_dv,
+    k_n, gf_n, gb_n, H, n, v0, scale,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Stores dq, dk and dv of a chunk whose gates are too strong for the factored form.
+
+    States are of dtype OP, pointers those of the chunk. Returns dc and dd, float32 (C, BK).
+    """
+    from_f = tl.exp2(before(sum_gates(gf, C, True), gf))
+    from_b = tl.exp2(before(sum_gates(gb, C, False), gb))
+    a = tl.zeros((C, C), tl.float32)
+    da = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    a, dq_f, dk_f = exact_grads(a, da, q, p_k, p_gf, k_n, gf_n, n, K, C, BK, False)
+    a, dq_b, dk_b = exact_grads(a, da, q, p_k, p_gb, k_n, gb_n, n, K, C, BK, True)
+    dq_f += tl.exp2(c) * tl.dot(do, s_f, input_precision=PRECISION)
+    dq_b += tl.exp2(d) * tl.dot(do, s_b, input_precision=PRECISION)
+    dk_f += from_f * tl.dot(v, ds_f, input_precision=PRECISION)
+    dk_b += from_b * tl.dot(v, ds_b, input_precision=PRECISION)
+    store_tile(p_dq, (dq_f + dq_b) * scale, H * K, n, K, C, BK, BK != K)
+    store_tile(p_dk, (dk_f + dk_b) * scale, H * K, n, K, C, BK, BK != K)
+    dv = tl.dot(a.to(OP), do, input_precision=PRECISION)
+    dv = tl.dot((k * from_f).to(OP), tl.trans(ds_f), dv, input_precision=PRECISION)
+    dv = tl.dot((k * from_b).to(OP), tl.trans(ds_b), dv, input_precision=PRECISION)
+    store_tile(p_dv, dv * scale, H * V, n, V - v0, C, BV, V % BV != 0)
+    return q * dq_f - k * dk_f, q * dq_b - k * dk_b
+
+
+@triton.jit
 def sum_tokens(x, C: tl.constexpr, REVERSE: tl.constexpr, OP: tl.constexpr):
     """Inclusive running sums of a float32 (C, BK) tile along the tokens.
 
@@ -140,14 +158,14 @@ def grad_kernel(
 ):  # fmt: skip
     """All five gradients of one segment of one head, from one block of value channels.
 
-    Inputs as in `output_kernel`; states (4, B*H, segment, K, V) float32, those that enter each
-    segment, flows as in `scan_states_kernel`; stack (2, B*H, chunk, K, V), scratch of dtype OP for
+    Inputs as in `output_kernel`; states (4, B*H, segment, V, K) float32, those that enter each
+    segment, flows as in `scan_states_kernel`; stack (2, B*H, chunk, V, K), scratch of dtype OP for
     S_b and dS_f. dv (B, N, H, V); dq, dk, dgf, dgb (V blocks, B, N, H, K): each block's share.
     Walks the chunks right to left, stacking the states that flow left, then left to right with
     those that flow right in registers. Products accumulate in float32.
 
-    Both (C, C) score tiles are formed in the two orientations that the products need, never by
-    transposing a product: that is miscompiled on Hopper by Triton 3.4 to 3.7.0.
+    The gradient of the scores is formed in the two orientations that the products need, not by
+    transposing a product: as a left operand that is miscompiled on Hopper by Triton 3.4 to 3.7.0.
     """
     head = tl.program_id(0)
     b = (head // H).to(tl.int64)
@@ -175,49 +193,46 @@ def grad_kernel(
     mask_v: tl.constexpr = V % BV != 0
     rows = tl.arange(0, C)
 
-    # Suffix _t: transposed, (BV, BK). b_b: row sum of S_b * dS_b at the left end of a chunk.
+    # b_b: column sums of S_b * dS_b at the left end of a chunk.
     if HAS_STATES:
         flow = (wide + tl.num_programs(0)) * n_segments * K * V
-        slot = ((wide + head) * n_segments + i_s) * K * V
-        p, mask = state_tile(p_states + slot, K, V, v0, BK, BV, False)
-        s_b = tl.load(p + flow, mask=mask, other=0.0)
-        ds_b = tl.load(p + 2 * flow, mask=mask, other=0.0)
-        ds_f = tl.load(p + 3 * flow, mask=mask, other=0.0)
-        b_b = tl.sum(tl.load(p + flow - K * V, mask=mask & (i_s > 0), other=0.0) * ds_b, 1)
-        p, mask = state_tile(p_states + slot, K, V, v0, BK, BV, True)
-        s_f_t = tl.load(p, mask=mask, other=0.0)
-        ds_b_t = tl.load(p + 2 * flow, mask=mask, other=0.0)
+        p_states += ((wide + head) * n_segments + i_s) * K * V
+        s_f = load_state(p_states, K, V, v0, BK, BV)
+        s_b = load_state(p_states + flow, K, V, v0, BK, BV)
+        ds_b = load_state(p_states + 2 * flow, K, V, v0, BK, BV)
+        ds_f = load_state(p_states + 3 * flow, K, V, v0, BK, BV)
+        left = load_state(p_states + flow - K * V, K, V, v0, BK, BV, i_s > 0)
+        b_b = tl.sum(left * ds_b, 0)
     else:
-        s_b = tl.zeros((BK, BV), tl.float32)
-        ds_b = tl.zeros((BK, BV), tl.float32)
-        ds_f = tl.zeros((BK, BV), tl.float32)
+        s_f = tl.zeros((BV, BK), tl.float32)
+        s_b = tl.zeros((BV, BK), tl.float32)
+        ds_b = tl.zeros((BV, BK), tl.float32)
+        ds_f = tl.zeros((BV, BK), tl.float32)
         b_b = tl.zeros((BK,), tl.float32)
-        s_f_t = tl.zeros((BV, BK), tl.float32)
-        ds_b_t = tl.zeros((BV, BK), tl.float32)
 
-    for step in range(last - first + 1):
+    for step in range(last - first):
         i_c = last - step
-        p, mask = state_tile(p_stack + (wide + i_c) * K * V, K, V, v0, BK, BV, False)
-        tl.store(p, s_b.to(OP), mask=mask)
-        tl.store(p + stack, ds_f.to(OP), mask=mask)
-        if i_c > first:
-            t = (wide + i_c) * C
-            n = N - i_c * C
-            k = load_tile(p_k + t * k_n, k_n, n, K, C, BK, mask_k).to(tl.float32)
-            v = load_tile(p_v + t * v_n, v_n, n, V - v0, C, BV, mask_v).to(OP)
-            gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
-            k_left = (k * tl.exp2(sum_gates(gb, C, False, True))).to(OP)
-            s_b *= tl.exp2(tl.sum(gb.to(tl.float32), 0) * LOG2E)[:, None]
-            s_b = tl.dot(tl.trans(k_left), v, s_b, input_precision=PRECISION)
-            q = load_tile(p_q + t * q_n, q_n, n, K, C, BK, mask_k).to(tl.float32)
-            do = load_tile(p_do + t * do_n, do_n, n, V - v0, C, BV, mask_v).to(OP)
-            gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
-            q_left = (q * tl.exp2(sum_gates(gf, C, False, False))).to(OP)
-            ds_f *= tl.exp2(tl.sum(gf.to(tl.float32), 0) * LOG2E)[:, None]
-            ds_f = tl.dot(tl.trans(q_left), do, ds_f, input_precision=PRECISION)
+        store_state(p_stack + (wide + i_c) * K * V, s_b, K, V, v0, BK, BV)
+        store_state(p_stack + stack + (wide + i_c) * K * V, ds_f, K, V, v0, BK, BV)
+        t = (wide + i_c) * C
+        n = N - i_c * C
+        k = load_tile(p_k + t * k_n, k_n, n, K, C, BK, mask_k).to(tl.float32)
+        v = load_tile(p_v + t * v_n, v_n, n, V - v0, C, BV, mask_v).to(OP)
+        gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
+        k_left = (k * tl.exp2(before(sum_gates(gb, C, False), gb))).to(OP)
+        s_b *= tl.exp2(total_gate(gb))[None, :]
+        s_b = tl.dot(tl.trans(v), k_left, s_b, input_precision=PRECISION)
+        q = load_tile(p_q + t * q_n, q_n, n, K, C, BK, mask_k).to(tl.float32)
+        do = load_tile(p_do + t * do_n, do_n, n, V - v0, C, BV, mask_v).to(OP)
+        gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
+        q_left = (q * tl.exp2(sum_gates(gf, C, False))).to(OP)
+        ds_f *= tl.exp2(total_gate(gf))[None, :]
+        ds_f = tl.dot(tl.trans(do), q_left, ds_f, input_precision=PRECISION)
     # Other threads of this program read what was stacked.
     tl.debug_barrier()
 
+    s_b = s_b.to(OP)
+    ds_f = ds_f.to(OP)
     for i_c in range(first, last + 1):
         t = (wide + i_c) * C
         n = N - i_c * C
@@ -227,97 +242,82 @@ def grad_kernel(
         do = load_tile(p_do + t * do_n, do_n, n, V - v0, C, BV, mask_v).to(OP)
         gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
         gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
-        p, mask = state_tile(p_stack + (wide + i_c) * K * V, K, V, v0, BK, BV, False)
-        ds_f_c = tl.load(p + stack, mask=mask, other=0.0)
-        p, mask = state_tile(p_stack + (wide + i_c) * K * V, K, V, v0, BK, BV, True)
-        s_b_t = tl.load(p, mask=mask, other=0.0)
-        ds_f_t = tl.load(p + stack, mask=mask, other=0.0)
-        c = sum_gates(gf, C, False, False)
-        d = sum_gates(gb, C, True, False)
-        c_all = tl.sum(gf.to(tl.float32), 0) * LOG2E
-        d_all = tl.sum(gb.to(tl.float32), 0) * LOG2E
-        da = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        c = sum_gates(gf, C, False)
+        d = sum_gates(gb, C, True)
+        c_all = total_gate(gf)
+        d_all = total_gate(gb)
         if tl.min(tl.minimum(c_all, d_all), 0) > -MAX_CHUNK_BITS:
             m_f = 0.5 * c_all
             m_b = 0.5 * d_all
+            e_f = tl.exp2(m_f)
+            e_b = tl.exp2(m_b)
             c -= m_f[None, :]
             d -= m_b[None, :]
-            q_f = (q * tl.exp2(c)).to(OP)
-            k_f = (k * tl.exp2(-c)).to(OP)
-            q_b_ = (q * tl.exp2(d)).to(OP)
-            k_b_ = (k * tl.exp2(-d)).to(OP)
+            to_f = (q * tl.exp2(c)).to(OP)
+            to_b = (q * tl.exp2(d)).to(OP)
+            from_f = (k * tl.exp2(-c)).to(OP)
+            from_b = (k * tl.exp2(-d)).to(OP)
+            s_f_op = (s_f * e_f[None, :]).to(OP)
+            s_b_op = (s_b.to(tl.float32) * e_b[None, :]).to(OP)
+            ds_f_op = (ds_f.to(tl.float32) * e_f[None, :]).to(OP)
+            ds_b_op = (ds_b * e_b[None, :]).to(OP)
             # Row j gives, column i receives.
-            a_f = tl.dot(k_f, tl.trans(q_f), input_precision=PRECISION)
-            a_b = tl.dot(k_b_, tl.trans(q_b_), input_precision=PRECISION)
-            at = tl.where(rows[:, None] <= rows[None, :], a_f, 0.0)
-            at += tl.where(rows[:, None] >= rows[None, :], a_b, 0.0)
+            a_f = tl.dot(from_f, tl.trans(to_f), input_precision=PRECISION)
+            a_b = tl.dot(from_b, tl.trans(to_b), input_precision=PRECISION)
+            a = tl.where(rows[:, None] <= rows[None, :], a_f, 0.0)
+            a += tl.where(rows[:, None] >= rows[None, :], a_b, 0.0)
+            dv = tl.dot(a.to(OP), do, input_precision=PRECISION)
+            dv = tl.dot(from_f, tl.trans(ds_f_op), dv, input_precision=PRECISION)
+            dv = tl.dot(from_b, tl.trans(ds_b_op), dv, input_precision=PRECISION)
+            store_tile(p_dv + t * H * V, dv * scale, H * V, n, V - v0, C, BV, mask_v)
+            # Row i receives, column j gives.
+            da = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             da_f = tl.where(rows[:, None] >= rows[None, :], da, 0.0).to(OP)
             da_b = tl.where(rows[:, None] <= rows[None, :], da, 0.0).to(OP)
-            f = tl.exp2(m_f)
-            r = tl.exp2(m_b)
-            dq_f = tl.dot(da_f, k_f, input_precision=PRECISION)
-            dq_f = tl.dot(do, (s_f_t * f[None, :]).to(OP), dq_f, input_precision=PRECISION)
-            dq_b = tl.dot(da_b, k_b_, input_precision=PRECISION)
-            s = (s_b_t.to(tl.float32) * r[None, :]).to(OP)
-            dq_b = tl.dot(do, s, dq_b, input_precision=PRECISION)
-            dat = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-            dat_f = tl.where(rows[:, None] <= rows[None, :], dat, 0.0).to(OP)
-            dat_b = tl.where(rows[:, None] >= rows[None, :], dat, 0.0).to(OP)
-            dk_f = tl.dot(dat_f, q_f, input_precision=PRECISION)
-            s = (ds_f_t.to(tl.float32) * f[None, :]).to(OP)
-            dk_f = tl.dot(v, s, dk_f, input_precision=PRECISION)
-            dk_b = tl.dot(dat_b, q_b_, input_precision=PRECISION)
-            dk_b = tl.dot(v, (ds_b_t * r[None, :]).to(OP), dk_b, input_precision=PRECISION)
+            dq_f = tl.dot(da_f, from_f, input_precision=PRECISION)
+            dq_f = tl.dot(do, s_f_op, dq_f, input_precision=PRECISION)
+            dq_b = tl.dot(da_b, from_b, input_precision=PRECISION)
+            dq_b = tl.dot(do, s_b_op, dq_b, input_precision=PRECISION)
+            dq = (tl.exp2(c) * dq_f + tl.exp2(d) * dq_b) * scale
+            store_tile(p_dq + t * H * K, dq, H * K, n, K, C, BK, mask_k)
             # The rounded operands, so that what cancels in the sum over a chunk does so exactly.
-            dc = q_f.to(tl.float32) * dq_f - k_f.to(tl.float32) * dk_f
-            dd = q_b_.to(tl.float32) * dq_b - k_b_.to(tl.float32) * dk_b
-            dq = tl.exp2(c) * dq_f + tl.exp2(d) * dq_b
-            dk = tl.exp2(-c) * dk_f + tl.exp2(-d) * dk_b
+            dc = to_f.to(tl.float32) * dq_f
+            dd = to_b.to(tl.float32) * dq_b
+            # Row j gives, column i receives.
+            da = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            da_f = tl.where(rows[:, None] <= rows[None, :], da, 0.0).to(OP)
+            da_b = tl.where(rows[:, None] >= rows[None, :], da, 0.0).to(OP)
+            dk_f = tl.dot(da_f, to_f, input_precision=PRECISION)
+            dk_f = tl.dot(v, ds_f_op, dk_f, input_precision=PRECISION)
+            dk_b = tl.dot(da_b, to_b, input_precision=PRECISION)
+            dk_b = tl.dot(v, ds_b_op, dk_b, input_precision=PRECISION)
+            dk = (tl.exp2(-c) * dk_f + tl.exp2(-d) * dk_b) * scale
+            store_tile(p_dk + t * H * K, dk, H * K, n, K, C, BK, mask_k)
+            dc -= from_f.to(tl.float32) * dk_f
+            dd -= from_b.to(tl.float32) * dk_b
         else:
-            f = tl.full((BK,), 1.0, tl.float32)
-            r = tl.full((BK,), 1.0, tl.float32)
-            e_f = tl.exp2(c)
-            e_b = tl.exp2(d)
-            h_f = tl.exp2(sum_gates(gf, C, True, True))
-            h_b = tl.exp2(sum_gates(gb, C, False, True))
-            k_f = (k * h_f).to(OP)
-            k_b_ = (k * h_b).to(OP)
-            q_b_ = (q * e_b).to(OP)
-            at = tl.zeros((C, C), tl.float32)
-            p = p_k + t * k_n
-            at, dq_f, dk_f = exact_grads(
-                at, da, q, p, p_gf + t * gf_n, k_n, gf_n, n, K, C, BK, False
-            )
-            at, dq_b, dk_b = exact_grads(
-                at, da, q, p, p_gb + t * gb_n, k_n, gb_n, n, K, C, BK, True
-            )
-            dq_f += e_f * tl.dot(do, s_f_t.to(OP), input_precision=PRECISION)
-            dq_b += e_b * tl.dot(do, s_b_t, input_precision=PRECISION)
-            dk_f += h_f * tl.dot(v, ds_f_t, input_precision=PRECISION)
-            dk_b += h_b * tl.dot(v, ds_b_t.to(OP), input_precision=PRECISION)
-            dc = q * dq_f - k * dk_f
-            dd = q * dq_b - k * dk_b
-            dq = dq_f + dq_b
-            dk = dk_f + dk_b
-        store_tile(p_dq + t * H * K, dq * scale, H * K, n, K, C, BK, mask_k)
-        store_tile(p_dk + t * H * K, dk * scale, H * K, n, K, C, BK, mask_k)
-        dv = tl.dot(at.to(OP), do, input_precision=PRECISION)
-        s = (ds_f_c.to(tl.float32) * f[:, None]).to(OP)
-        dv = tl.dot(k_f, s, dv, input_precision=PRECISION)
-        dv = tl.dot(k_b_, (ds_b * r[:, None]).to(OP), dv, input_precision=PRECISION)
-        store_tile(p_dv + t * H * V, dv * scale, H * V, n, V - v0, C, BV, mask_v)
-        new = tl.dot(tl.trans(v), k_f, input_precision=PRECISION)
-        s_f_t = s_f_t * tl.exp2(c_all)[None, :] + new * f[None, :]
-        b_f = tl.sum(s_f_t * ds_f_t.to(tl.float32), 0)
-        dgf = sum_tokens(dc, C, True, OP) + b_f[None, :]
-        store_tile(p_dgf + t * H * K, dgf * scale, H * K, n, K, C, BK, mask_k)
-        dgb = sum_tokens(dd, C, False, OP) + b_b[None, :]
-        store_tile(p_dgb + t * H * K, dgb * scale, H * K, n, K, C, BK, mask_k)
-        new = tl.dot(tl.trans(q_b_), do, input_precision=PRECISION)
-        ds_b = ds_b * tl.exp2(d_all)[:, None] + new * r[:, None]
-        new = tl.dot(tl.trans(do), q_b_, input_precision=PRECISION)
-        ds_b_t = ds_b_t * tl.exp2(d_all)[None, :] + new * r[None, :]
-        b_b = tl.sum(s_b_t.to(tl.float32) * ds_b_t, 0)
+            e_f = tl.full((BK,), 1.0, tl.float32)
+            e_b = tl.full((BK,), 1.0, tl.float32)
+            to_b = (q * tl.exp2(d)).to(OP)
+            from_f = (k * tl.exp2(before(sum_gates(gf, C, True), gf))).to(OP)
+            dc, dd = exact_chunk(
+                q, k, v, do, gf, gb, c, d, s_f.to(OP), s_b, ds_f, ds_b.to(OP),
+                p_k + t * k_n, p_gf + t * gf_n, p_gb + t * gb_n, p_dq + t * H * K,
+                p_dk + t * H * K, p_dv + t * H * V, k_n, gf_n, gb_n, H, n, v0, scale,
+                K, V, C, BK, BV, OP, PRECISION,
+            )  # fmt: skip
+        new = tl.dot(tl.trans(v), from_f, input_precision=PRECISION)
+        s_f = s_f * tl.exp2(c_all)[None, :] + new * e_f[None, :]
+        dc = sum_tokens(dc, C, True, OP) + tl.sum(s_f * ds_f.to(tl.float32), 0)[None, :]
+        store_tile(p_dgf + t * H * K, dc * scale, H * K, n, K, C, BK, mask_k)
+        dd = sum_tokens(dd, C, False, OP) + b_b[None, :]
+        store_tile(p_dgb + t * H * K, dd * scale, H * K, n, K, C, BK, mask_k)
+        new = tl.dot(tl.trans(do), to_b, input_precision=PRECISION)
+        ds_b = ds_b * tl.exp2(d_all)[None, :] + new * e_b[None, :]
+        b_b = tl.sum(s_b.to(tl.float32) * ds_b, 0)
+        p_next = p_stack + (wide + i_c + 1) * K * V
+        s_b = load_state(p_next, K, V, v0, BK, BV, i_c < last)
+        ds_f = load_state(p_next + stack, K, V, v0, BK, BV, i_c < last)
 
 
 def backward(
@@ -333,7 +333,7 @@ def backward(
     blocks = triton.cdiv(dv, p.block_v)
     dims = dict(K=dk, V=dv, BK=p.block_k, BV=p.block_v, C=p.chunk, OP=p.op, PRECISION=p.precision)
     inputs = (q, k, v, gf, gb, do)
-    states = q.new_empty(4 if n_segments > 1 else 0, b * h, n_segments, dk, dv, dtype=torch.float32)
+    states = q.new_empty(4 if n_segments > 1 else 0, b * h, n_segments, dv, dk, dtype=torch.float32)
     if n_segments > 1:
         decays = q.new_empty(2, b * h, n_segments, dk, dtype=torch.float32)
         all_segment_states_kernel[b * h, n_segments, 2 * blocks](
@@ -341,7 +341,7 @@ def backward(
             **dims, num_warps=p.reduce_warps,
         )  # fmt: skip
         scan_states(states, decays)
-    stack = q.new_empty(2, b * h, n_chunks, dk, dv, dtype=p.torch_op)
+    stack = q.new_empty(2, b * h, n_chunks, dv, dk, dtype=p.torch_op)
     d_v = torch.empty_like(v, memory_format=torch.contiguous_format)
     shares = [
         torch.empty(blocks, b, n, h, dk, device=q.device, dtype=x.dtype if blocks == 1 else torch.float32)

@@ -9,12 +9,16 @@ from mmvig.kernels.bigla_plan import Plan, make_plan
 from mmvig.kernels.bigla_tiles import (
     LOG2E,
     MAX_CHUNK_BITS,
+    before,
+    load_state,
     load_tile,
     reduce_segment,
     scan_states_kernel,
-    state_tile,
+    store_state,
+    store_states,
     store_tile,
     sum_gates,
+    total_gate,
 )
 
 
@@ -39,17 +43,12 @@ def segment_states_kernel(
         p_gf + b * gf_b + t * gf_n + h * gf_h, p_gb + b * gb_b + t * gb_n + h * gb_h,
         k_n, v_n, gf_n, gb_n, n, K, V, v0, C, BK, BV, BK != K, V % BV != 0, OP, PRECISION, False,
     )  # fmt: skip
-    heads = tl.num_programs(0)
     slot = head.to(tl.int64) * n_segments + i_s
-    flow = heads.to(tl.int64) * n_segments
-    p, mask = state_tile(p_states + slot * K * V, K, V, v0, BK, BV, False)
-    tl.store(p, right, mask=mask)
-    tl.store(p + flow * K * V, left, mask=mask)
-    if v0 == 0:
-        cols = tl.arange(0, BK)
-        p = p_decays + slot * K + cols
-        tl.store(p, right_total, mask=cols < K)
-        tl.store(p + flow * K, left_total, mask=cols < K)
+    flow = tl.num_programs(0).to(tl.int64) * n_segments
+    store_states(
+        p_states, p_decays, right, left, right_total, left_total, flow, slot, 0, v0,
+        K, V, BK, BV, True,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -88,8 +87,8 @@ def output_kernel(
 ):  # fmt: skip
     """o_i = scale (sum_j A_ij v_j + q_i exp(c_i) S_f + q_i exp(d_i) S_b), A of both directions.
 
-    q, k, gates (B, N, H, K), v, o (B, N, H, V), o contiguous; states (2, B*H, segment, K, V)
-    float32, those that enter each segment; stack (B*H, chunk, K, V) is scratch of dtype OP.
+    q, k, gates (B, N, H, K), v, o (B, N, H, V), o contiguous; states (2, B*H, segment, V, K)
+    float32, those that enter each segment; stack (B*H, chunk, V, K) is scratch of dtype OP.
     A program (head, segment, V block) walks its chunks right to left, stacking S_b, then left to
     right with S_f in registers. One (C, C) tile holds the scores of both directions. Products
     accumulate in float32.
@@ -116,25 +115,23 @@ def output_kernel(
     if HAS_STATES:
         slot = head.to(tl.int64) * n_segments + i_s
         flow = tl.num_programs(0).to(tl.int64) * n_segments * K * V
-        p, mask = state_tile(p_states + slot * K * V, K, V, v0, BK, BV, False)
-        s_f = tl.load(p, mask=mask, other=0.0)
-        s_b = tl.load(p + flow, mask=mask, other=0.0)
+        s_f = load_state(p_states + slot * K * V, K, V, v0, BK, BV)
+        s_b = load_state(p_states + slot * K * V + flow, K, V, v0, BK, BV)
     else:
-        s_f = tl.zeros((BK, BV), tl.float32)
-        s_b = tl.zeros((BK, BV), tl.float32)
+        s_f = tl.zeros((BV, BK), tl.float32)
+        s_b = tl.zeros((BV, BK), tl.float32)
 
     for step in range(last - first):
         i_c = last - step
-        p, mask = state_tile(p_stack + (wide + i_c) * K * V, K, V, v0, BK, BV, False)
-        tl.store(p, s_b.to(OP), mask=mask)
+        store_state(p_stack + (wide + i_c) * K * V, s_b, K, V, v0, BK, BV)
         t = (wide + i_c) * C
         n = N - i_c * C
         k = load_tile(p_k + t * k_n, k_n, n, K, C, BK, mask_k).to(tl.float32)
         v = load_tile(p_v + t * v_n, v_n, n, V - v0, C, BV, mask_v).to(OP)
         gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
-        k_left = (k * tl.exp2(sum_gates(gb, C, False, True))).to(OP)
-        s_b *= tl.exp2(tl.sum(gb.to(tl.float32), 0) * LOG2E)[:, None]
-        s_b = tl.dot(tl.trans(k_left), v, s_b, input_precision=PRECISION)
+        k_left = (k * tl.exp2(before(sum_gates(gb, C, False), gb))).to(OP)
+        s_b *= tl.exp2(total_gate(gb))[None, :]
+        s_b = tl.dot(tl.trans(v), k_left, s_b, input_precision=PRECISION)
     # Other threads of this program read what was stacked.
     tl.debug_barrier()
 
@@ -147,45 +144,44 @@ def output_kernel(
         v = load_tile(p_v + t * v_n, v_n, n, V - v0, C, BV, mask_v).to(OP)
         gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
         gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
-        c = sum_gates(gf, C, False, False)
-        d = sum_gates(gb, C, True, False)
-        c_all = tl.sum(gf.to(tl.float32), 0) * LOG2E
-        d_all = tl.sum(gb.to(tl.float32), 0) * LOG2E
+        c = sum_gates(gf, C, False)
+        d = sum_gates(gb, C, True)
+        c_all = total_gate(gf)
+        d_all = total_gate(gb)
         if tl.min(tl.minimum(c_all, d_all), 0) > -MAX_CHUNK_BITS:
             # Both factors of exp(c_i - c_j) are taken from the middle of the chunk's decay.
             m_f = 0.5 * c_all
             m_b = 0.5 * d_all
             c -= m_f[None, :]
             d -= m_b[None, :]
-            q_f = (q * tl.exp2(c)).to(OP)
-            q_b_ = (q * tl.exp2(d)).to(OP)
-            k_f = (k * tl.exp2(-c)).to(OP)
-            k_b_ = (k * tl.exp2(-d)).to(OP)
-            a_f = tl.dot(q_f, tl.trans(k_f), input_precision=PRECISION)
-            a_b = tl.dot(q_b_, tl.trans(k_b_), input_precision=PRECISION)
+            to_f = (q * tl.exp2(c)).to(OP)
+            to_b = (q * tl.exp2(d)).to(OP)
+            from_f = (k * tl.exp2(-c)).to(OP)
+            from_b = (k * tl.exp2(-d)).to(OP)
+            a_f = tl.dot(to_f, tl.trans(from_f), input_precision=PRECISION)
+            a_b = tl.dot(to_b, tl.trans(from_b), input_precision=PRECISION)
             a = tl.where(rows[:, None] >= rows[None, :], a_f, 0.0)
             a += tl.where(rows[:, None] <= rows[None, :], a_b, 0.0)
-            k_scale = m_f
         else:
             m_f = tl.zeros((BK,), tl.float32)
             m_b = tl.zeros((BK,), tl.float32)
-            q_f = (q * tl.exp2(c)).to(OP)
-            q_b_ = (q * tl.exp2(d)).to(OP)
-            k_f = (k * tl.exp2(sum_gates(gf, C, True, True))).to(OP)
+            to_f = (q * tl.exp2(c)).to(OP)
+            to_b = (q * tl.exp2(d)).to(OP)
+            from_f = (k * tl.exp2(before(sum_gates(gf, C, True), gf))).to(OP)
             a = tl.zeros((C, C), tl.float32)
-            p = p_k + t * k_n
-            a = exact_scores(a, q, p, p_gf + t * gf_n, k_n, gf_n, n, K, C, BK, False)
-            a = exact_scores(a, q, p, p_gb + t * gb_n, k_n, gb_n, n, K, C, BK, True)
-            k_scale = m_f
+            p_kt = p_k + t * k_n
+            a = exact_scores(a, q, p_kt, p_gf + t * gf_n, k_n, gf_n, n, K, C, BK, False)
+            a = exact_scores(a, q, p_kt, p_gb + t * gb_n, k_n, gb_n, n, K, C, BK, True)
+        e_f = tl.exp2(m_f)[None, :]
         o = tl.dot(a.to(OP), v, input_precision=PRECISION)
-        o = tl.dot(q_f, (s_f * tl.exp2(m_f)[:, None]).to(OP), o, input_precision=PRECISION)
-        s = (s_b.to(tl.float32) * tl.exp2(m_b)[:, None]).to(OP)
-        o = tl.dot(q_b_, s, o, input_precision=PRECISION)
+        o = tl.dot(to_f, tl.trans((s_f * e_f).to(OP)), o, input_precision=PRECISION)
+        s = (s_b.to(tl.float32) * tl.exp2(m_b)[None, :]).to(OP)
+        o = tl.dot(to_b, tl.trans(s), o, input_precision=PRECISION)
         store_tile(p_o + t * H * V, o * scale, H * V, n, V - v0, C, BV, mask_v)
-        new = tl.dot(tl.trans(k_f), v, input_precision=PRECISION)
-        s_f = s_f * tl.exp2(c_all)[:, None] + new * tl.exp2(k_scale)[:, None]
-        p, mask = state_tile(p_stack + (wide + i_c + 1) * K * V, K, V, v0, BK, BV, False)
-        s_b = tl.load(p, mask=mask & (i_c < last), other=0.0)
+        new = tl.dot(tl.trans(v), from_f, input_precision=PRECISION)
+        s_f = s_f * tl.exp2(c_all)[None, :] + new * e_f
+        p_next = p_stack + (wide + i_c + 1) * K * V
+        s_b = load_state(p_next, K, V, v0, BK, BV, i_c < last)
 
 
 def strides(*tensors: Tensor) -> list[int]:
@@ -205,7 +201,7 @@ def forward(
     n_segments = triton.cdiv(n_chunks, p.chunks)
     dims = dict(K=dk, V=dv, BK=p.block_k, BV=p.block_v, C=p.chunk, OP=p.op, PRECISION=p.precision)
     grid = (b * h, n_segments, triton.cdiv(dv, p.block_v))
-    states = o.new_empty(2 if n_segments > 1 else 0, b * h, n_segments, dk, dv, dtype=torch.float32)
+    states = o.new_empty(2 if n_segments > 1 else 0, b * h, n_segments, dv, dk, dtype=torch.float32)
     if n_segments > 1:
         decays = o.new_empty(2, b * h, n_segments, dk, dtype=torch.float32)
         segment_states_kernel[grid](
@@ -213,7 +209,7 @@ def forward(
             n, h, p.chunks * p.chunk, n_segments, **dims, num_warps=p.reduce_warps,
         )  # fmt: skip
         scan_states(states, decays)
-    stack = o.new_empty(b * h, n_chunks if p.chunks > 1 else 0, dk, dv, dtype=p.torch_op)
+    stack = o.new_empty(b * h, n_chunks if p.chunks > 1 else 0, dv, dk, dtype=p.torch_op)
     output_kernel[grid](
         q, k, v, gf, gb, o, states, stack, 0.5 * scale, *strides(q, k, v, gf, gb),
         n, h, n_segments, n_chunks, p.chunks, **dims, HAS_STATES=n_segments > 1,
@@ -223,8 +219,8 @@ def forward(
 
 
 def scan_states(states: Tensor, decays: Tensor) -> None:
-    """Launches `scan_states_kernel` over (flow, B*H, segment, K, V) states, in place."""
-    flows, heads, n_segments, dk, dv = states.shape
+    """Launches `scan_states_kernel` over (flow, B*H, segment, V, K) states, in place."""
+    flows, heads, n_segments, dv, dk = states.shape
     block = 128
     scan_states_kernel[triton.cdiv(dk * dv, block), flows, heads](
         states, decays, n_segments, heads, dk, dv, BLOCK=block, num_warps=1
