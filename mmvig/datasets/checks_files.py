@@ -30,8 +30,8 @@ def require_paths(loader: str, dataset: Any, paths: Sequence[str]) -> None:
         absent = ' and '.join(map(repr, missing))
         source = SOURCES.get(kind, '')
         raise FileNotFoundError(
-            f'{loader} ({kind}): {absent} not found from {os.getcwd()!r}; put the data there{source}, '
-            'link an existing folder, or set data_root'
+            f'{loader} ({kind}): {absent} not found from {os.getcwd()!r}; put the data '
+            f'there{source}, link an existing folder, or set data_root'
         )
 
 
