@@ -6,9 +6,10 @@ mmengine's root registries, where every OpenMMLab library looks.
 """
 
 from mmvig import mmcv_ext
+from mmvig.version import __version__
 
 mmcv_ext.install()  # before anything below imports mmcv's operators
 
 from mmvig import datasets, engine, models  # noqa: E402
 
-__all__ = ['datasets', 'engine', 'mmcv_ext', 'models']
+__all__ = ['__version__', 'datasets', 'engine', 'mmcv_ext', 'models']
