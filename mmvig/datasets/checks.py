@@ -5,13 +5,14 @@ is spelt otherwise, an OpenCV assertion without the file's name, half-grey pictu
 download, a CUDA assertion for a label out of range. Here each gets one line.
 """
 
+import inspect
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, Registry
 
 from .checks_coco import check_coco
 from .checks_files import require_paths
@@ -51,9 +52,11 @@ def check_data(cfg: Config, loaders: Sequence[str] = LOADERS, *, open_files: boo
             if job not in done:  # a test loader mostly repeats the validation loader
                 done.append(job)
                 with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
-                    # Without its data, a dataset of any type gives its classes and joined paths.
-                    dataset = registry.build({**dataset_cfg, 'lazy_init': True, 'pipeline': []})
-                _check_dataset(loader, dataset_cfg, dataset, metrics, open_files)
+                    dataset = _build_without_data(registry, dataset_cfg)
+                if dataset is None:
+                    print_log(f'{loader}: {dataset_cfg["type"]} data are not checked', 'current')
+                else:
+                    _check_dataset(loader, dataset_cfg, dataset, metrics, open_files)
 
 
 def _metrics(evaluator: dict | list | None) -> list[dict]:
@@ -73,8 +76,17 @@ def _leaves(dataset_cfg: dict) -> Iterator[dict]:
         yield from _leaves(child)
 
 
+def _build_without_data(registry: Registry, dataset_cfg: dict) -> BaseDataset | None:
+    """A dataset that knows its classes and joined paths; None of a class that is not mmengine's."""
+    kind = dataset_cfg['type']
+    found = registry.get(kind) if isinstance(kind, str) else kind
+    if inspect.isclass(found) and not issubclass(found, BaseDataset):
+        return None
+    return registry.build({**dataset_cfg, 'lazy_init': True, 'pipeline': []})
+
+
 def _check_dataset(
-    loader: str, dataset_cfg: dict, dataset: Any, metrics: list[dict], open_files: bool
+    loader: str, dataset_cfg: dict, dataset: BaseDataset, metrics: list[dict], open_files: bool
 ) -> None:
     paths = [path for path in (dataset.ann_file, *dataset.data_prefix.values()) if path]
     backend = (dataset_cfg.get('backend_args') or {}).get('backend', 'local')
@@ -93,12 +105,12 @@ def _check_dataset(
         require_paths(loader, dataset, paths)
 
 
-def _base(dataset: Any, name: str) -> type | None:
+def _base(dataset: BaseDataset, name: str) -> type | None:
     """The class of that name that a dataset derives from: mmdet and mmseg may be absent."""
     return next((base for base in type(dataset).__mro__ if base.__name__ == name), None)
 
 
-def _is_coco(dataset: Any) -> bool:
+def _is_coco(dataset: BaseDataset) -> bool:
     """Whether a dataset reads its files as `mmdet.CocoDataset` does; LVIS, for one, does not."""
     coco = _base(dataset, 'CocoDataset')
     methods = ('load_data_list', 'parse_data_info')

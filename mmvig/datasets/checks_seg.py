@@ -24,7 +24,7 @@ def check_seg(loader: str, dataset: Any, annotated: bool, open_files: bool) -> N
         FileNotFoundError: If folders, the list of names or label maps are missing.
         ValueError: If there are no images, or files that cannot be used.
     """
-    images = dataset.data_prefix['img_path']
+    images = dataset.data_prefix.get('img_path', '')
     label_maps = dataset.data_prefix.get('seg_map_path') if annotated else None
     require_paths(
         loader, dataset, [path for path in (images, label_maps, dataset.ann_file) if path]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mmengine.config import Config
 from PIL import Image
+from torch.utils.data import TensorDataset
 
 from mmvig.datasets import check_data
 from mmvig.datasets.checks_files import image_fault
@@ -125,6 +126,11 @@ def test_missing_data_root(path: str, scope: str, parts: tuple, tmp_path: Path, 
     assert repr(str(tmp_path)) in text
     assert 'set data_root' in text
     assert all(part in text for part in parts)
+
+
+def test_dataset_that_is_not_mmengines_is_left_alone():
+    dataset = {'type': TensorDataset}
+    check_data(Config({'val_dataloader': {'dataset': dataset}}))
 
 
 def test_wrapped_datasets_are_checked(data: Path):
