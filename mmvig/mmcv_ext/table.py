@@ -10,6 +10,7 @@ from mmvig.mmcv_ext import (
     deform_roi_pool,
     focal_loss,
     info,
+    line_nms,
     masked_conv,
     ms_deform_attn,
     nms,
@@ -17,6 +18,7 @@ from mmvig.mmcv_ext import (
     roi_align,
     roi_align_rotated,
     roi_pool,
+    rotated,
     sync_bn,
 )
 
@@ -43,6 +45,7 @@ OPS: dict[str, Callable[..., object]] = {
         focal_loss.softmax_focal_loss_forward,
         info.get_compiler_version,
         info.get_compiling_cuda_version,
+        line_nms.line_nms_forward,
         masked_conv.masked_col2im_forward,
         masked_conv.masked_im2col_forward,
         ms_deform_attn.ms_deform_attn_backward,
@@ -58,6 +61,8 @@ OPS: dict[str, Callable[..., object]] = {
         roi_align_rotated.roi_align_rotated_forward,
         roi_pool.roi_pool_backward,
         roi_pool.roi_pool_forward,
+        rotated.box_iou_rotated,
+        rotated.nms_rotated,
         sync_bn.sync_bn_backward_data,
         sync_bn.sync_bn_backward_param,
         sync_bn.sync_bn_forward_mean,

@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 
+def _floor(value: float | Tensor) -> int:
+    return math.floor(value.detach() if isinstance(value, Tensor) else value)
+
+
 def clamped_bilinear(plane: Tensor, y: float | Tensor, x: float | Tensor) -> Tensor:
     """mmcv's rule for RoIs: the border's value up to one pixel outside, 0 further out."""
     height, width = plane.shape
     if y < -1 or y > height or x < -1 or x > width:
         return plane.new_zeros(())
     y, x = (v if v > 0 else v * 0 for v in (y, x))
-    top, left = math.floor(float(y)), math.floor(float(x))
+    top, left = _floor(y), _floor(x)
     if top >= height - 1:
         top, y = height - 1, height - 1
     if left >= width - 1:
@@ -31,7 +35,7 @@ def clamped_bilinear(plane: Tensor, y: float | Tensor, x: float | Tensor) -> Ten
 def zero_padded_bilinear(plane: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """The rule of convolutions: everything outside is 0."""
     height, width = plane.shape
-    top, left = math.floor(y.detach()), math.floor(x.detach())
+    top, left = _floor(y), _floor(x)
     total = plane.new_zeros(())
     for row in (top, top + 1):
         for column in (left, left + 1):
