@@ -1,8 +1,16 @@
-"""Bidirectional gated linear attention: checks and dispatch."""
+"""Bidirectional gated linear attention: checks, autograd, dispatch.
 
+`torch.ops.mmvig.bidirectional_gla` is the fused operator, in Triton, for CUDA tensors; everything
+else takes `bigla_chunked`, the same function in plain PyTorch.
+"""
+
+import torch
 from torch import Tensor
 
 from mmvig.kernels import bigla_chunked
+
+MAX_KEY_DIM = 128
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def bidirectional_gla(
@@ -13,5 +21,135 @@ def bidirectional_gla(
     log_gate_bwd: Tensor,
     scale: float | None = None,
 ) -> Tensor:
-    """Bidirectional GLA; arguments and result as in `reference.bidirectional_gla`."""
-    return bigla_chunked.bidirectional_gla(q, k, v, log_gate_fwd, log_gate_bwd, scale)
+    """Bidirectional gated linear attention (arXiv 2405.18425, section 3.2), linear in N.
+
+    Per head and direction: `S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t`, `o_t = scale * q_t S_t`;
+    the backward direction runs from the last token to the first with its own gate, taken at
+    token t. Both include the current token, and the result is the mean of the two.
+
+    On CUDA one fused Triton operator computes both directions, differentiable once, with products
+    of bfloat16 (TF32 for float16, three TF32 for float32) accumulated in float32; gates and states
+    are float32 throughout, and any gate from 0 down is handled. Elsewhere, for key dims over 128
+    or other dtypes, and where the kernel fails its self-check, plain PyTorch computes the same.
+    Under autocast q, k and v are cast to its dtype; gates keep theirs.
+
+    Args:
+        q, k: (B, N, H, K), any strides; no copy where the last dim is contiguous.
+        v: (B, N, H, V).
+        log_gate_fwd, log_gate_bwd: (B, N, H, K), natural logarithms of the gates, at most 0; may
+            be of another floating dtype than q.
+        scale: Factor of q; `K ** -0.5` where None.
+
+    Returns:
+        (B, N, H, V), contiguous, in the dtype of q.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit together.
+    """
+    _check(q, k, v, log_gate_fwd, log_gate_bwd)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    device = q.device.type
+    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    args = (q, k, v, log_gate_fwd, log_gate_bwd, scale)
+    if not _has_kernel(q, log_gate_fwd, log_gate_bwd):
+        return bigla_chunked.bidirectional_gla(*args)
+    return torch.ops.mmvig.bidirectional_gla(*args)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor) -> None:
+    """Raises ValueError for arguments that do not fit together."""
+    if q.ndim != 4 or v.ndim != 4:
+        raise ValueError(f'q and v must be (B, N, H, D), got {tuple(q.shape)}, {tuple(v.shape)}')
+    for name, x in (('k', k), ('log_gate_fwd', gf), ('log_gate_bwd', gb)):
+        if x.shape != q.shape:
+            raise ValueError(f'{name} {tuple(x.shape)} must have the shape of q {tuple(q.shape)}')
+    if v.shape[:3] != q.shape[:3]:
+        raise ValueError(f'v {tuple(v.shape)} must share (B, N, H) with q {tuple(q.shape)}')
+    autocast = torch.is_autocast_enabled(q.device.type)
+    if not (autocast or q.dtype == k.dtype == v.dtype):
+        raise ValueError(f'q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}')
+    for name, x in (('k', k), ('v', v), ('log_gate_fwd', gf), ('log_gate_bwd', gb)):
+        if not x.is_floating_point():
+            raise ValueError(f'{name} must be of a floating dtype, got {x.dtype}')
+        if x.device != q.device:
+            raise ValueError(f'{name} is on {x.device}, q on {q.device}')
+
+
+def _has_kernel(q: Tensor, gf: Tensor, gb: Tensor) -> bool:
+    """Whether the fused operator covers these arguments."""
+    sizes = q.numel() > 0 and q.shape[-1] <= MAX_KEY_DIM
+    return q.is_cuda and sizes and all(x.dtype in DTYPES for x in (q, gf, gb))
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op('mmvig::bidirectional_gla', mutates_args=(), device_types='cuda')
+def _forward(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float) -> Tensor:
+    # Imported here since PyTorch builds for the CPU come without Triton.
+    from mmvig.kernels.bigla_trust import trusted
+
+    if not trusted(q.device, q.dtype, gf.dtype, q.shape[-1], v.shape[-1]):
+        return bigla_chunked.bidirectional_gla(q, k, v, gf, gb, scale)
+    from mmvig.kernels.bigla_fwd import forward
+
+    return forward(*(_unit_stride(x) for x in (q, k, v, gf, gb)), scale)
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float) -> Tensor:
+    return q.new_empty(v.shape)
+
+
+@torch.library.custom_op('mmvig::bidirectional_gla_backward', mutates_args=(), device_types='cuda')
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from mmvig.kernels.bigla_trust import trusted
+
+    if not trusted(q.device, q.dtype, gf.dtype, q.shape[-1], v.shape[-1]):
+        return chunked_backward(q, k, v, gf, gb, do, scale)
+    from mmvig.kernels.bigla_bwd import backward
+
+    return backward(*(_unit_stride(x) for x in (q, k, v, gf, gb, do)), scale)
+
+
+def chunked_backward(
+    q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The five gradients by autograd through the PyTorch path, contiguous."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v, gf, gb)]
+        out = bigla_chunked.bidirectional_gla(*leaves, scale)
+        grads = torch.autograd.grad(out, leaves, do)
+    return tuple(g.contiguous() for g in grads)
+
+
+@_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, gf, gb))
+
+
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.scale = inputs[5]
+
+
+def _differentiate(ctx: torch.autograd.function.FunctionCtx, do: Tensor) -> tuple:
+    return (*torch.ops.mmvig.bidirectional_gla_backward(*ctx.saved_tensors, do, ctx.scale), None)
+
+
+def _refuse(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> None:
+    raise RuntimeError(
+        'bidirectional_gla is differentiable once on CUDA; for second derivatives call '
+        'mmvig.kernels.bigla_chunked.bidirectional_gla, which is plain PyTorch'
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_refuse)

@@ -137,7 +137,7 @@ def sum_tokens(x, C: tl.constexpr, REVERSE: tl.constexpr, OP: tl.constexpr):
     Where products are in bfloat16, by two of them with a triangle of ones, of x's leading and
     following 8 bits: rounding error 2^-17 of each x.
     """
-    if OP == tl.float32:
+    if x.dtype == OP:
         return tl.cumsum(x, 0, reverse=REVERSE)
     else:
         i = tl.arange(0, C)[:, None]
@@ -338,20 +338,22 @@ def backward(
         decays = q.new_empty(2, b * h, n_segments, dk, dtype=torch.float32)
         all_segment_states_kernel[b * h, n_segments, 2 * blocks](
             *inputs, states, decays, *strides(*inputs), n, h, p.chunks * p.chunk, n_segments,
-            **dims, num_warps=p.reduce_warps,
+            **dims, **p.reduce,
         )  # fmt: skip
         scan_states(states, decays)
     stack = q.new_empty(2, b * h, n_chunks, dv, dk, dtype=p.torch_op)
     d_v = torch.empty_like(v, memory_format=torch.contiguous_format)
     shares = [
-        torch.empty(blocks, b, n, h, dk, device=q.device, dtype=x.dtype if blocks == 1 else torch.float32)
+        torch.empty(
+            blocks, b, n, h, dk, device=q.device, dtype=x.dtype if blocks == 1 else torch.float32
+        )
         for x in (q, k, gf, gb)
     ]
     d_q, d_k, d_gf, d_gb = shares
     grad_kernel[b * h, n_segments, blocks](
         *inputs, d_q, d_k, d_v, d_gf, d_gb, states, stack, 0.5 * scale, *strides(*inputs),
         b, n, h, n_segments, n_chunks, p.chunks, **dims, HAS_STATES=n_segments > 1,
-        num_warps=p.grad_warps,
+        **p.grad,
     )  # fmt: skip
     d_q, d_k, d_gf, d_gb = (
         x[0] if blocks == 1 else x.sum(0).to(y.dtype)

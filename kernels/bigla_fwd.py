@@ -206,14 +206,14 @@ def forward(
         decays = o.new_empty(2, b * h, n_segments, dk, dtype=torch.float32)
         segment_states_kernel[grid](
             k, v, gf, gb, states, decays, *strides(k, v, gf, gb),
-            n, h, p.chunks * p.chunk, n_segments, **dims, num_warps=p.reduce_warps,
+            n, h, p.chunks * p.chunk, n_segments, **dims, **p.reduce,
         )  # fmt: skip
         scan_states(states, decays)
     stack = o.new_empty(b * h, n_chunks if p.chunks > 1 else 0, dv, dk, dtype=p.torch_op)
     output_kernel[grid](
         q, k, v, gf, gb, o, states, stack, 0.5 * scale, *strides(q, k, v, gf, gb),
         n, h, n_segments, n_chunks, p.chunks, **dims, HAS_STATES=n_segments > 1,
-        num_warps=p.output_warps,
+        **p.output,
     )  # fmt: skip
     return o
 

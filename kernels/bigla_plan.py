@@ -19,9 +19,9 @@ class Plan:
     op: tl.dtype
     torch_op: torch.dtype
     precision: str
-    reduce_warps: int
-    output_warps: int
-    grad_warps: int
+    reduce: dict[str, int]
+    output: dict[str, int]
+    grad: dict[str, int]
 
 
 @lru_cache
@@ -37,17 +37,22 @@ def make_plan(
 ) -> Plan:
     """Chooses the launch parameters from the problem's size."""
     half = dtype == torch.bfloat16
-    block_v = 64 if dv % 64 == 0 or dv > 64 else max(16, triton.next_power_of_2(dv))
-    chunk = 64 if dk <= 32 and half else 32
+    large = half and dk <= 32
+    chunk = 64 if large else 32
+    # Few long segments store few states; enough of them keep every multiprocessor busy.
+    n_chunks = triton.cdiv(n, chunk)
+    wanted = triton.cdiv(2 * processors(device), b * h)
+    chunks = max(1, min(16, triton.next_power_of_2(triton.cdiv(n_chunks, wanted) + 1) // 2))
     return Plan(
         chunk=chunk,
-        chunks=4,
+        chunks=n_chunks if wanted == 1 and n_chunks <= 16 else chunks,
         block_k=max(16, triton.next_power_of_2(dk)),
-        block_v=block_v,
+        block_v=64 if dv > 32 else max(16, triton.next_power_of_2(dv)),
         op=tl.bfloat16 if half else tl.float32,
         torch_op=torch.bfloat16 if half else torch.float32,
-        precision={torch.float32: 'tf32x3'}.get(dtype, 'tf32'),
-        reduce_warps=4,
-        output_warps=4,
-        grad_warps=4,
+        precision='tf32x3' if dtype == torch.float32 else 'tf32',
+        # One stage is miscompiled by Triton 3.6 where the products are Hopper's wgmma.
+        reduce=dict(num_warps=4, num_stages=3 if large else 1),
+        output=dict(num_warps=4, num_stages=3 if large else 1),
+        grad=dict(num_warps=4, num_stages=2 if large else 1),
     )

@@ -6,8 +6,8 @@ Notation, for one head and one chunk of C tokens (i receives, j gives):
     d_i = sum of g_bwd over the chunk's tokens from i on                   (decays to the left)
 
 Token j reaches i >= j with weight exp(c_i - c_j), and i <= j with weight exp(d_i - d_j); a state
-that enters the chunk reaches i with exp(c_i) (from the left) or exp(d_i) (from the right). Gates are
-turned to base-2 logarithms when they are summed, since the GPU's exponential is one of base 2.
+that enters the chunk reaches i with exp(c_i) (from the left) or exp(d_i) (from the right). Gates
+become base-2 logarithms when they are summed, since the GPU's exponential is one of base 2.
 
 Four states flow over the sequence, all (V, K) and float32: S_f and S_b, sums of v^T k, to the right
 and to the left; in the backward pass dS_b and dS_f, sums of do^T q, to the right and to the left.
@@ -36,9 +36,7 @@ def load_tile(p, stride, n, width, C: tl.constexpr, B: tl.constexpr, MASK_COLS: 
 
 
 @triton.jit
-def store_tile(
-    p, x, stride, n, width, C: tl.constexpr, B: tl.constexpr, MASK_COLS: tl.constexpr
-):
+def store_tile(p, x, stride, n, width, C: tl.constexpr, B: tl.constexpr, MASK_COLS: tl.constexpr):
     """The converse of `load_tile`; casts to the dtype of `p`."""
     rows = tl.arange(0, C)
     cols = tl.arange(0, B)
