@@ -1,11 +1,13 @@
 """RoIAlign: average pooling with torchvision's kernels, max pooling by bilinear sampling."""
 
+from collections.abc import Iterator
+
 import torch
 import torchvision  # noqa: F401, registers torch.ops.torchvision
 from torch import Tensor
 
 from mmvig.mmcv_ext.numeric import wide
-from mmvig.mmcv_ext.roi_grid import maximum, pick, region_grid
+from mmvig.mmcv_ext.roi_grid import Points, average_backward, maximum, pick, region_grid
 from mmvig.mmcv_ext.sampling import as_rows, chunks, corners, sample
 
 _AVERAGE = 1  # of mmcv's pool_mode; 0 is max
@@ -39,21 +41,15 @@ def roi_align_forward(
         aligned: Whether to shift by half a pixel, so that pixel centres lie at half-integers.
     """
     maps, regions = wide(input, rois)
-    if pool_mode == _AVERAGE:
-        output.copy_(
-            torch.ops.torchvision.roi_align(
-                maps,
-                regions,
-                spatial_scale,
-                aligned_height,
-                aligned_width,
-                sampling_ratio,
-                aligned,
-            )
-        )
+    if pool_mode != _AVERAGE:
+        argmax = (argmax_y, argmax_x)
+        _max_forward(maps, regions, output, argmax, spatial_scale, sampling_ratio, aligned)
         return
-    _max_forward(
-        maps, regions, output, (argmax_y, argmax_x), spatial_scale, sampling_ratio, aligned
+    bins = (aligned_height, aligned_width)
+    output.copy_(
+        torch.ops.torchvision.roi_align(
+            maps, regions, spatial_scale, *bins, sampling_ratio, aligned
+        )
     )
 
 
@@ -72,21 +68,21 @@ def roi_align_backward(
 ) -> None:
     """Writes the gradient of `input`; arguments as in the forward."""
     grads, regions = wide(grad_output, rois)
-    if pool_mode == _AVERAGE:
+    bins = (aligned_height, aligned_width)
+    if pool_mode != _AVERAGE:
+        _max_backward(grads, regions, (argmax_y, argmax_x), grad_input)
+    elif grads.is_cuda and torch.are_deterministic_algorithms_enabled():
+        # torchvision's CUDA kernel adds in no fixed order, and refuses.
+        args = (regions, bins, spatial_scale, sampling_ratio, aligned)
+        parts = _points(grads.shape[1], *args)
+        grad_input.copy_(average_backward(parts, grads, grad_input.shape))
+    else:
+        shape = grad_input.shape
         grad_input.copy_(
             torch.ops.torchvision._roi_align_backward(
-                grads,
-                regions,
-                spatial_scale,
-                aligned_height,
-                aligned_width,
-                *grad_input.shape,
-                sampling_ratio,
-                aligned,
+                grads, regions, spatial_scale, *bins, *shape, sampling_ratio, aligned
             )
         )
-        return
-    _max_backward(grads, regions, (argmax_y, argmax_x), grad_input)
 
 
 def _max_forward(
@@ -99,16 +95,10 @@ def _max_forward(
     aligned: bool,
 ) -> None:
     """Max pooling in plain PyTorch: no model of mmdet or mmseg asks for it."""
-    x1, y1, x2, y2 = (regions[:, 1:] * spatial_scale - (0.5 if aligned else 0)).unbind(1)
-    # Without the shift, regions are at least one pixel wide: mmcv's old convention.
-    smallest = -torch.inf if aligned else 1
-    height, width = (y2 - y1).clamp(min=smallest), (x2 - x1).clamp(min=smallest)
-    grid = region_grid(height, width, output.shape[2:], sampling_ratio)
-    rows, batch = as_rows(maps), regions[:, 0].long()
-    for part in chunks(len(regions), 4 * maps.shape[1] * grid.points_each()):
-        y, x, valid = grid.points(part)
-        y, x = y + y1[part, None, None, None], x + x1[part, None, None, None]
-        best, index = maximum(sample(rows, maps.shape[2:], batch[part], y, x), valid)
+    rows = as_rows(maps)
+    args = (regions, output.shape[2:], spatial_scale, sampling_ratio, aligned)
+    for part, batch, y, x, valid in _points(maps.shape[1], *args):
+        best, index = maximum(sample(rows, maps.shape[2:], batch, y, x), valid)
         output[part] = best.to(output.dtype)
         for target, positions in zip(argmax, (y, x), strict=True):
             target[part] = pick(positions, index).to(target.dtype)
@@ -127,3 +117,24 @@ def _max_backward(
     total = grads.new_zeros(grad_input.numel())
     total.index_add_(0, positions.flatten(), (weights * grads).flatten().to(grads.dtype))
     grad_input.copy_(total.view_as(grad_input))
+
+
+def _points(
+    channels: int,
+    regions: Tensor,
+    bins: tuple[int, int],
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Iterator[Points]:
+    """Yields the points of some regions at a time, so that samples stay within bounds."""
+    x1, y1, x2, y2 = (regions[:, 1:] * spatial_scale - (0.5 if aligned else 0)).unbind(1)
+    height, width = y2 - y1, x2 - x1
+    if not aligned:  # mmcv's old convention: at least one pixel a side
+        height, width = height.clamp(min=1), width.clamp(min=1)
+    grid = region_grid(height, width, bins, sampling_ratio)
+    batch = regions[:, 0].long()
+    for part in chunks(len(regions), 4 * channels * grid.points_each()):
+        y, x, valid = grid.points(part)
+        y, x = y + y1[part, None, None, None], x + x1[part, None, None, None]
+        yield part, batch[part], y, x, valid

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from mmvig.mmcv_ext.numeric import vjp, wide
-from mmvig.mmcv_ext.roi_grid import average, region_grid
+from mmvig.mmcv_ext.numeric import wide
+from mmvig.mmcv_ext.roi_grid import Points, average, average_backward, region_grid
 from mmvig.mmcv_ext.sampling import as_rows, chunks, sample
 
 
@@ -54,18 +53,9 @@ def roi_align_rotated_backward(
 ) -> None:
     """Writes the gradient of `input`; arguments as in the forward."""
     grads, regions = wide(grad_output, rois)
-    batch_size, channels, *size = grad_input.shape
-    rows = grads.new_zeros(batch_size * size[0] * size[1], channels)
-    total = torch.zeros_like(rows)
     args = (regions, grads.shape[2:], spatial_scale, sampling_ratio, aligned, clockwise)
-    for part, batch, y, x, valid in _points(channels, *args):
-
-        def pool(rows: Tensor, at: tuple[Tensor, ...] = (batch, y, x, valid)) -> Tensor:
-            return average(sample(rows, size, *at[:3]), at[3])
-
-        # Linear in the map: zeros do where its values are not known any more.
-        total += vjp(pool, (rows,), grads[part])[0]
-    grad_input.copy_(total.view(batch_size, *size, channels).permute(0, 3, 1, 2))
+    parts = _points(grads.shape[1], *args)
+    grad_input.copy_(average_backward(parts, grads, grad_input.shape))
 
 
 def _points(
@@ -76,8 +66,8 @@ def _points(
     sampling_ratio: int,
     aligned: bool,
     clockwise: bool,
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
-    """Yields some regions at a time: which, their map, y and x of their points, and validity."""
+) -> Iterator[Points]:
+    """Yields the points of some regions at a time, so that samples stay within bounds."""
     batch = regions[:, 0].long()
     width, height = (regions[:, 3:5] * spatial_scale).unbind(1)
     if not aligned:  # mmcv's old convention: at least one pixel a side

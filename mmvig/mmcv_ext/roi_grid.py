@@ -3,10 +3,17 @@
 Shape legend: R regions, PH x PW bins of a region, GH x GW points of a bin, G = GH * GW, C channels.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from mmvig.mmcv_ext.numeric import vjp
+from mmvig.mmcv_ext.sampling import sample
+
+# Some regions: which, their map (R,), y and x of their points (R, PH, PW, G), their validity.
+Points = tuple[slice, Tensor, Tensor, Tensor, Tensor]
 
 
 class Grid(NamedTuple):
@@ -50,6 +57,30 @@ def average(values: Tensor, valid: Tensor) -> Tensor:
     """(R, PH, PW, G, C) -> (R, C, PH, PW), the mean over valid points; 0 where a bin has none."""
     total = (values * valid[..., None]).sum(3)
     return (total / valid.sum(3, keepdim=True).clamp(min=1)).permute(0, 3, 1, 2)
+
+
+def average_backward(parts: Iterable[Points], grads: Tensor, shape: torch.Size) -> Tensor:
+    """Gradient of the maps through sampling and `average`.
+
+    Args:
+        parts: All regions.
+        grads: (R, C, PH, PW).
+        shape: (B, C, H, W) of the maps.
+
+    Returns:
+        (B, C, H, W); deterministic where PyTorch is asked to be.
+    """
+    batch_size, channels, *size = shape
+    rows = grads.new_zeros(batch_size * size[0] * size[1], channels)
+    total = torch.zeros_like(rows)
+    for part, batch, y, x, valid in parts:
+
+        def pool(rows: Tensor, at: tuple[Tensor, ...] = (batch, y, x, valid)) -> Tensor:
+            return average(sample(rows, size, *at[:3]), at[3])
+
+        # Linear in the maps: zeros do where their values are not known any more.
+        total += vjp(pool, (rows,), grads[part])[0]
+    return total.view(batch_size, *size, channels).permute(0, 3, 1, 2)
 
 
 def maximum(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,22 @@ def test_roi_align_max_half(dtype: torch.dtype, device: str) -> None:
     assert (got.cpu().double() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize('aligned', [True, False])
+def test_roi_align_deterministic(aligned: bool) -> None:
+    """torchvision's backward kernel refuses where PyTorch is asked to be deterministic."""
+    maps, grad = _maps().cuda().requires_grad_(), torch.randn(len(ROIS), 2, *SIZE).cuda()
+    grads = []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            out = roi_align(maps, ROIS.cuda(), SIZE, 0.5, 0, 'avg', aligned)
+            grads.append(torch.autograd.grad(out, maps, grad)[0])
+        finally:
+            torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(*grads)
+
+
 def test_roi_align_float32_rois_stay_float32() -> None:
     """Coordinates are not rounded to the features' precision: at 1000 pixels bf16 knows 8 steps."""
     maps = torch.arange(2000.0).view(1, 1, 1, -1).expand(1, 1, 8, -1)
