@@ -1,6 +1,7 @@
 """The wheel and the sdist: what is in them, and that they work away from the checkout."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from mmengine.fileio import load
 
 ROOT = Path(__file__).parents[1]
 NOT_SOURCES = ('.*', '*.egg-info', '__pycache__', 'build', 'data', 'demo_out', 'dist', 'work_dirs')
@@ -140,3 +142,18 @@ def test_installed_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Pat
     tool = site / 'mmvig' / '.mim' / 'tools' / 'train.py'
     out = run_python(str(tool), '--help', cwd=tmp_path, PYTHONPATH=str(site))
     assert '--auto-scale-lr' in out
+
+
+def test_model_index_lists_every_config() -> None:
+    index = load(ROOT / 'model-index.yml')
+    models = [model for path in index['Import'] for model in load(ROOT / path)['Models']]
+    configs = {path.relative_to(ROOT).as_posix() for path in ROOT.glob('configs/*/*.py')}
+    assert {model['Config'] for model in models} == configs
+    assert len(models) == len(configs)
+    for model in models:
+        assert model['Name'] == Path(model['Config']).stem
+
+
+def test_version_is_the_distribution_s(wheel: Path) -> None:
+    version = runpy.run_path(str(ROOT / 'mmvig' / 'version.py'))['__version__']
+    assert wheel.name == f'mmvig-{version}-py3-none-any.whl'
