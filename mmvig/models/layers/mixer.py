@@ -70,4 +70,5 @@ class BiGLAMixer(nn.Module):
 
     def _norm(self, norm: nn.RMSNorm, x: Tensor) -> Tensor:
         """RMSNorm of each head's channels; one weight of V serves all heads."""
-        return norm(x.unflatten(-1, (self.num_heads, -1))).flatten(-2)
+        # under autocast x is half precision, for which PyTorch has no fused norm with this weight
+        return norm(x.to(norm.weight.dtype).unflatten(-1, (self.num_heads, -1))).flatten(-2)
