@@ -4,7 +4,7 @@ import torch
 import torchvision  # noqa: F401, registers torch.ops.torchvision
 from torch import Tensor
 
-from mmvig.mmcv_ext.numeric import wide
+from mmvig.mmcv_ext.numeric import store, wide
 
 
 def deform_conv_forward(
@@ -39,7 +39,7 @@ def deform_conv_forward(
         im2col_step: Images at a time in mmcv's kernel; torchvision's chooses for itself.
     """
     geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
-    output.copy_(_forward(input, weight, offset, None, None, geometry))
+    store(output, _forward(input, weight, offset, None, None, geometry))
 
 
 def deform_conv_backward_input(
@@ -69,8 +69,8 @@ def deform_conv_backward_input(
     """
     geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
     grads = _backward(gradOutput, input, weight, offset, None, None, geometry)
-    gradInput.copy_(grads[0])
-    gradOffset.copy_(grads[2])
+    store(gradInput, grads[0])
+    store(gradOffset, grads[2])
     columns.resize_(weight.shape).copy_(grads[1])
 
 
@@ -142,7 +142,7 @@ def modulated_deform_conv_forward(
         with_bias: Whether to add `bias`.
     """
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
-    output.copy_(_forward(input, weight, offset, mask, bias if with_bias else None, geometry))
+    store(output, _forward(input, weight, offset, mask, bias if with_bias else None, geometry))
 
 
 def modulated_deform_conv_backward(
@@ -180,7 +180,7 @@ def modulated_deform_conv_backward(
         grad_output, input, weight, offset, mask, bias if with_bias else None, geometry
     )
     for target, grad in zip(targets, grads, strict=False):
-        target.copy_(grad)
+        store(target, grad)
 
 
 def _forward(

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmvig.mmcv_ext.numeric import wide
+from mmvig.mmcv_ext.numeric import store, wide
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -25,7 +25,7 @@ def sigmoid_focal_loss_forward(
     x, is_target = _signed_logits(input, target)
     loss = -torch.sigmoid(-x).pow(gamma) * F.logsigmoid(x)
     loss = torch.where(is_target, alpha * loss, (1 - alpha) * loss)
-    output.copy_(_weigh_rows(loss, target, weight))
+    store(output, _weigh_rows(loss, target, weight))
 
 
 def sigmoid_focal_loss_backward(
@@ -37,7 +37,7 @@ def sigmoid_focal_loss_backward(
     # d/dx [(1 - p)^gamma log p] = (1 - p)^gamma (1 - p - gamma p log p)
     slope = q.pow(gamma) * (q - gamma * p * F.logsigmoid(x))
     slope = torch.where(is_target, -alpha * slope, (1 - alpha) * slope)
-    grad_input.copy_(_weigh_rows(slope, target, weight))
+    store(grad_input, _weigh_rows(slope, target, weight))
 
 
 def softmax_focal_loss_forward(
@@ -55,7 +55,7 @@ def softmax_focal_loss_forward(
     """
     p, valid = _target_probability(input, target)
     loss = -alpha * (1 - p).pow(gamma) * p.log()
-    output.copy_(_weigh_rows(torch.where(valid, loss, 0), target, weight))
+    store(output, _weigh_rows(torch.where(valid, loss, 0), target, weight))
 
 
 def softmax_focal_loss_backward(
@@ -79,7 +79,7 @@ def softmax_focal_loss_backward(
     slope = _weigh_rows(torch.where(valid, slope, 0), target, weight)
     buff.copy_(slope)
     one_hot = target[:, None] == torch.arange(input.shape[1], device=input.device)
-    grad_input.copy_(slope[:, None] * (one_hot.to(slope.dtype) - wide(input)[0]))
+    store(grad_input, slope[:, None] * (one_hot.to(slope.dtype) - wide(input)[0]))
 
 
 def _signed_logits(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mmvig.kernels import ms_deform_attn
-from mmvig.mmcv_ext.numeric import vjp
+from mmvig.mmcv_ext.numeric import store, vjp
 
 
 def ms_deform_attn_forward(
@@ -52,4 +52,4 @@ def ms_deform_attn_backward(
     with torch.autocast(value.device.type, enabled=False):
         grads = vjp(forward, inputs, grad_output)
     for target, grad in zip((grad_value, grad_sampling_loc, grad_attn_weight), grads, strict=True):
-        target.copy_(grad)
+        store(target, grad)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 
 def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -26,3 +27,17 @@ def vjp(
         output = function(*leaves)
     grad_output = grad_output.to(output.dtype)
     return torch.autograd.grad(output, leaves, grad_output, materialize_grads=True)
+
+
+def store(target: Tensor, result: Tensor) -> None:
+    """Puts a fresh result into the tensor that mmcv allocated for it.
+
+    mmcv makes that tensor for the call and holds no other view of it. So where nothing is to be
+    converted, it takes over the result's memory: at RoIAlign's sizes the copy would be a tenth of
+    the operator's time. A view, whose owner waits for the values, is copied into.
+    """
+    same = target.dtype == result.dtype and target.shape == result.shape
+    if same and result.is_contiguous() and not target._is_view() and not is_compiling():
+        target.set_(result)
+    else:
+        target.copy_(result)

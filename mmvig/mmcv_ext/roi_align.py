@@ -6,7 +6,7 @@ import torch
 import torchvision  # noqa: F401, registers torch.ops.torchvision
 from torch import Tensor
 
-from mmvig.mmcv_ext.numeric import wide
+from mmvig.mmcv_ext.numeric import store, wide
 from mmvig.mmcv_ext.roi_grid import Points, average_backward, maximum, pick, region_grid
 from mmvig.mmcv_ext.sampling import as_rows, chunks, corners, sample
 
@@ -46,11 +46,10 @@ def roi_align_forward(
         _max_forward(maps, regions, output, argmax, spatial_scale, sampling_ratio, aligned)
         return
     bins = (aligned_height, aligned_width)
-    output.copy_(
-        torch.ops.torchvision.roi_align(
-            maps, regions, spatial_scale, *bins, sampling_ratio, aligned
-        )
+    pooled = torch.ops.torchvision.roi_align(
+        maps, regions, spatial_scale, *bins, sampling_ratio, aligned
     )
+    store(output, pooled)
 
 
 def roi_align_backward(
@@ -78,11 +77,10 @@ def roi_align_backward(
         grad_input.copy_(average_backward(parts, grads, grad_input.shape))
     else:
         shape = grad_input.shape
-        grad_input.copy_(
-            torch.ops.torchvision._roi_align_backward(
-                grads, regions, spatial_scale, *bins, *shape, sampling_ratio, aligned
-            )
+        grads = torch.ops.torchvision._roi_align_backward(
+            grads, regions, spatial_scale, *bins, *shape, sampling_ratio, aligned
         )
+        store(grad_input, grads)
 
 
 def _max_forward(

@@ -1,5 +1,6 @@
 """RoIAlign, RoIPool, deformable RoI pooling, rotated RoIAlign, border align."""
 
+import mmcv._ext as ext
 import pytest
 import torch
 from mmcv.ops import border_align, deform_roi_pool, roi_align, roi_align_rotated, roi_pool
@@ -189,3 +190,12 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, '_CHUNK_ELEMENTS', 1)
     for first, second in zip(whole, everything(), strict=True):
         torch.testing.assert_close(first, second)
+
+
+def test_a_view_as_output_is_written_through() -> None:
+    maps, whole = _maps(), torch.full((2, len(ROIS), 2, *SIZE), torch.nan)
+    args = dict(aligned_height=2, aligned_width=3, spatial_scale=0.5, sampling_ratio=2)
+    empty = torch.zeros(0)
+    ext.roi_align_forward(maps, ROIS, whole[1], empty, empty, **args, pool_mode=1, aligned=True)
+    torch.testing.assert_close(whole[1], roi_align(maps, ROIS, SIZE, 0.5, 2, 'avg', True))
+    assert whole[0].isnan().all()
