@@ -9,8 +9,8 @@ from typing import Any
 
 from mmengine.registry import DATASETS
 
-from .checks import check_data
-from .shapes_files import ShapesSpec, ensure_shapes
+from mmvig.datasets.checks import check_data
+from mmvig.datasets.shapes_files import ShapesSpec, ensure_shapes
 
 _MODULES = {
     'ShapesDetDataset': 'shapes_det',
@@ -24,7 +24,7 @@ __all__ = ['ShapesSpec', 'check_data', 'ensure_shapes']
 def __getattr__(name: str) -> type:
     if name not in _MODULES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(import_module(f'.{_MODULES[name]}', __name__), name)
+    return getattr(import_module(f'{__name__}.{_MODULES[name]}'), name)
 
 
 def _register(name: str) -> None:

@@ -14,10 +14,10 @@ from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS, Registry
 
-from .checks_coco import check_coco
-from .checks_files import require_paths
-from .checks_seg import check_seg
-from .shapes_files import GeneratedShapes
+from mmvig.datasets.checks_coco import check_coco
+from mmvig.datasets.checks_files import require_paths
+from mmvig.datasets.checks_seg import check_seg
+from mmvig.datasets.shapes_files import GeneratedShapes
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 

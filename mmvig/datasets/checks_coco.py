@@ -7,7 +7,13 @@ from typing import Any
 
 from mmengine.logging import print_log
 
-from .checks_files import first_line, image_fault, listed, require_paths, require_sound
+from mmvig.datasets.checks_files import (
+    first_line,
+    image_fault,
+    listed,
+    require_paths,
+    require_sound,
+)
 
 IMAGE_KEYS = {'id', 'file_name', 'height', 'width'}
 ANNOTATION_KEYS = {'id', 'image_id', 'category_id', 'bbox', 'area'}

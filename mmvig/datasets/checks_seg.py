@@ -6,7 +6,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .checks_files import first_line, image_fault, listed, require_paths, require_sound
+from mmvig.datasets.checks_files import (
+    first_line,
+    image_fault,
+    listed,
+    require_paths,
+    require_sound,
+)
 
 IDS = 256
 

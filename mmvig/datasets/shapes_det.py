@@ -2,8 +2,8 @@
 
 from mmdet.datasets import CocoDataset
 
-from .shapes import CLASSES, PALETTE
-from .shapes_files import GeneratedShapes
+from mmvig.datasets.shapes import CLASSES, PALETTE
+from mmvig.datasets.shapes_files import GeneratedShapes
 
 
 class ShapesDetDataset(GeneratedShapes, CocoDataset):

@@ -19,7 +19,7 @@ from mmengine.logging import print_log
 from mmengine.utils import ProgressBar
 from pycocotools import mask as coco_mask
 
-from .shapes import CLASSES, Scene, draw_scene
+from mmvig.datasets.shapes import CLASSES, Scene, draw_scene
 
 VERSION = 1  # of the pictures: to be raised with any change of what a seed gives
 SPLITS = ('train', 'val')

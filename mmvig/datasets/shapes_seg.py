@@ -2,8 +2,8 @@
 
 from mmseg.datasets import BaseSegDataset
 
-from .shapes import CLASSES, PALETTE
-from .shapes_files import GeneratedShapes
+from mmvig.datasets.shapes import CLASSES, PALETTE
+from mmvig.datasets.shapes_files import GeneratedShapes
 
 
 class ShapesSegDataset(GeneratedShapes, BaseSegDataset):
