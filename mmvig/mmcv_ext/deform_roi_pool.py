@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mmvig.mmcv_ext.numeric import vjp, wide
 from mmvig.mmcv_ext.roi_grid import Grid, average, region_grid
-from mmvig.mmcv_ext.sampling import as_rows, chunks, sample
+from mmvig.mmcv_ext.sampling import as_rows, chunks
 
 
 def deform_roi_pool_forward(
@@ -35,7 +35,7 @@ def deform_roi_pool_forward(
     maps, regions, shift = wide(input, rois, offset)
     regions, grid = _grid(regions, output.shape[2:], spatial_scale, sampling_ratio)
     rows = as_rows(maps)
-    for part in chunks(len(regions), 4 * maps.shape[1] * grid.points_each()):
+    for part in chunks(len(regions), 4 * grid.points_each()):
         pooled = _pool(rows, shift[part], maps.shape[2:], regions[part], grid, part, gamma)
         output[part] = pooled.to(output.dtype)
 
@@ -59,7 +59,7 @@ def deform_roi_pool_backward(
     size = maps.shape[2:]
     rows = as_rows(maps)
     grad_rows = torch.zeros_like(rows)
-    for part in chunks(len(regions), 4 * maps.shape[1] * grid.points_each()):
+    for part in chunks(len(regions), 4 * grid.points_each()):
 
         def pool(rows: Tensor, shift: Tensor, part: slice = part) -> Tensor:
             return _pool(rows, shift, size, regions[part], grid, part, gamma)
@@ -95,4 +95,4 @@ def _pool(
     if shift.numel():
         x = x + gamma * (x2 - x1) * shift[:, 0, ..., None]
         y = y + gamma * (y2 - y1) * shift[:, 1, ..., None]
-    return average(sample(rows, size, batch.flatten().long(), y, x), valid)
+    return average(rows, size, batch.flatten().long(), y, x, valid)

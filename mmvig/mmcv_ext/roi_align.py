@@ -73,7 +73,7 @@ def roi_align_backward(
     elif grads.is_cuda and torch.are_deterministic_algorithms_enabled():
         # torchvision's CUDA kernel adds in no fixed order, and refuses.
         args = (regions, bins, spatial_scale, sampling_ratio, aligned)
-        parts = _points(grads.shape[1], *args)
+        parts = _points(1, *args)
         grad_input.copy_(average_backward(parts, grads, grad_input.shape))
     else:
         shape = grad_input.shape
@@ -118,21 +118,21 @@ def _max_backward(
 
 
 def _points(
-    channels: int,
+    elements_each: int,
     regions: Tensor,
     bins: tuple[int, int],
     spatial_scale: float,
     sampling_ratio: int,
     aligned: bool,
 ) -> Iterator[Points]:
-    """Yields the points of some regions at a time, so that samples stay within bounds."""
+    """Yields the points of some regions at a time: what holds `elements_each` a point fits."""
     x1, y1, x2, y2 = (regions[:, 1:] * spatial_scale - (0.5 if aligned else 0)).unbind(1)
     height, width = y2 - y1, x2 - x1
     if not aligned:  # mmcv's old convention: at least one pixel a side
         height, width = height.clamp(min=1), width.clamp(min=1)
     grid = region_grid(height, width, bins, sampling_ratio)
     batch = regions[:, 0].long()
-    for part in chunks(len(regions), 4 * channels * grid.points_each()):
+    for part in chunks(len(regions), 4 * elements_each * grid.points_each()):
         y, x, valid = grid.points(part)
         y, x = y + y1[part, None, None, None], x + x1[part, None, None, None]
         yield part, batch[part], y, x, valid

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mmvig.mmcv_ext.numeric import wide
 from mmvig.mmcv_ext.roi_grid import Points, average, average_backward, region_grid
-from mmvig.mmcv_ext.sampling import as_rows, chunks, sample
+from mmvig.mmcv_ext.sampling import as_rows, chunks
 
 
 def roi_align_rotated_forward(
@@ -35,9 +35,9 @@ def roi_align_rotated_forward(
     maps, regions = wide(input, rois)
     rows = as_rows(maps)
     args = (regions, output.shape[2:], spatial_scale, sampling_ratio, aligned, clockwise)
-    for part, batch, y, x, valid in _points(maps.shape[1], *args):
-        values = sample(rows, maps.shape[2:], batch, y, x)
-        output[part] = average(values, valid).to(output.dtype)
+    for part, batch, y, x, valid in _points(*args):
+        pooled = average(rows, maps.shape[2:], batch, y, x, valid)
+        output[part] = pooled.to(output.dtype)
 
 
 def roi_align_rotated_backward(
@@ -54,12 +54,10 @@ def roi_align_rotated_backward(
     """Writes the gradient of `input`; arguments as in the forward."""
     grads, regions = wide(grad_output, rois)
     args = (regions, grads.shape[2:], spatial_scale, sampling_ratio, aligned, clockwise)
-    parts = _points(grads.shape[1], *args)
-    grad_input.copy_(average_backward(parts, grads, grad_input.shape))
+    grad_input.copy_(average_backward(_points(*args), grads, grad_input.shape))
 
 
 def _points(
-    channels: int,
     regions: Tensor,
     bins: tuple[int, int],
     spatial_scale: float,
@@ -77,7 +75,7 @@ def _points(
     angle = (-regions[:, 5] if clockwise else regions[:, 5])[:, None, None, None]
     cos, sin = angle.cos(), angle.sin()
     grid = region_grid(height, width, bins, sampling_ratio)
-    for part in chunks(len(regions), 4 * channels * grid.points_each()):
+    for part in chunks(len(regions), 4 * grid.points_each()):
         v, u, valid = grid.points(part)
         v = v - height[part, None, None, None] / 2
         u = u - width[part, None, None, None] / 2

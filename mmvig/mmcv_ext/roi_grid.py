@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmvig.mmcv_ext.numeric import vjp
-from mmvig.mmcv_ext.sampling import sample
+from mmvig.mmcv_ext.sampling import corners_in_rows
 
 # Some regions: which, their map (R,), y and x of their points (R, PH, PW, G), their validity.
 Points = tuple[slice, Tensor, Tensor, Tensor, Tensor]
@@ -53,10 +54,33 @@ def mesh(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return y.flatten(3), x.flatten(3)
 
 
-def average(values: Tensor, valid: Tensor) -> Tensor:
-    """(R, PH, PW, G, C) -> (R, C, PH, PW), the mean over valid points; 0 where a bin has none."""
-    total = (values * valid[..., None]).sum(3)
-    return (total / valid.sum(3, keepdim=True).clamp(min=1)).permute(0, 3, 1, 2)
+def average(
+    rows: Tensor,
+    size: tuple[int, int],
+    batch: Tensor,
+    y: Tensor,
+    x: Tensor,
+    valid: Tensor,
+) -> Tensor:
+    """Means of feature maps over the points of bins.
+
+    Args:
+        rows: (B * H * W, C), the maps as `as_rows` gives them.
+        size: (H, W).
+        batch: (R,), int64, the map that each region lies in.
+        y, x: (R, PH, PW, G), points.
+        valid: (R, 1, 1, G), which of them count.
+
+    Returns:
+        (R, C, PH, PW), 0 where a bin has no points.
+    """
+    positions, weights = corners_in_rows(size, batch, y, x)
+    counts = valid.to(weights.dtype)
+    weights = weights * counts / counts.sum(3, keepdim=True).clamp(min=1)
+    # A bin is a weighted bag of rows: summed as they are read, so no sample is ever stored.
+    bags, shares = (t.movedim(0, -1).flatten(0, 2).flatten(1) for t in (positions, weights))
+    pooled = F.embedding_bag(bags, rows, mode='sum', per_sample_weights=shares)
+    return pooled.view(*y.shape[:3], -1).permute(0, 3, 1, 2)
 
 
 def average_backward(parts: Iterable[Points], grads: Tensor, shape: torch.Size) -> Tensor:
@@ -76,7 +100,7 @@ def average_backward(parts: Iterable[Points], grads: Tensor, shape: torch.Size) 
     for part, batch, y, x, valid in parts:
 
         def pool(rows: Tensor, at: tuple[Tensor, ...] = (batch, y, x, valid)) -> Tensor:
-            return average(sample(rows, size, *at[:3]), at[3])
+            return average(rows, size, *at)
 
         # Linear in the maps: zeros do where their values are not known any more.
         total += vjp(pool, (rows,), grads[part])[0]

@@ -48,19 +48,26 @@ def as_rows(maps: Tensor) -> Tensor:
     return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
 
 
-def sample(rows: Tensor, size: tuple[int, int], batch: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Values of feature maps at points.
+def corners_in_rows(
+    size: tuple[int, int], batch: Tensor, y: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The four pixels around each point, as rows of `as_rows`.
 
     Args:
-        rows: (B * H * W, C), the maps as `as_rows` gives them.
-        size: (H, W).
+        size: (H, W) of the maps.
         batch: (R,), int64, the map that each region lies in.
         y, x: (R, ...), pixels.
 
     Returns:
-        (R, ..., C).
+        Rows (4, R, ...), int64, and their weights (4, R, ...), as from `corners`.
     """
     positions, weights = corners(y, x, *size)
-    positions = positions + (batch * (size[0] * size[1])).view(-1, *[1] * (y.dim() - 1))
+    start = batch * (size[0] * size[1])
+    return positions + start.view(-1, *[1] * (y.dim() - 1)), weights
+
+
+def sample(rows: Tensor, size: tuple[int, int], batch: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Values (R, ..., C) of maps (as `as_rows` gives them) at points; arguments as above."""
+    positions, weights = corners_in_rows(size, batch, y, x)
     values = rows.index_select(0, positions.flatten()).view(*positions.shape, -1)
     return (values * weights[..., None]).sum(0)

@@ -22,8 +22,9 @@ def test_signatures_equal_those_of_the_bindings() -> None:
     definitions = re.findall(r'm\.def\(\s*"(\w+)"(.*?)\);', _BINDINGS.read_text(), re.DOTALL)
     bound = {name: re.findall(r'py::arg\("(\w+)"\)', rest) for name, rest in definitions}
     assert len(bound) > 80
+    assert OPS.keys() - bound.keys() <= {'line_nms_forward'}  # new in OneDL's mmcv
     for name, op in OPS.items():
-        if name not in _MISNAMED:
+        if name in bound and name not in _MISNAMED:
             assert list(inspect.signature(op).parameters) == bound[name], name
 
 
