@@ -25,14 +25,14 @@ model = dict(
     ),
     test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100)),
 )
-train_cfg = dict(max_epochs=3, val_interval=3)
+train_cfg = dict(max_epochs=1, val_interval=1)
 optim_wrapper = dict(
     optimizer=dict(lr=1e-3), paramwise_cfg=dict(layer_decay_rate=1.0), clip_grad=dict(max_norm=1.0)
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(
-        type='CosineAnnealingLR', begin=0, T_max=3, end=3, by_epoch=True, convert_to_iter_based=True
+        type='CosineAnnealingLR', begin=0, T_max=1, end=1, by_epoch=True, convert_to_iter_based=True
     ),
 ]
 default_hooks = dict(logger=dict(interval=10))

@@ -44,7 +44,7 @@ class ShapesSpec:
         ValueError: If a value is no integer or out of range.
     """
 
-    num_train: int = 600
+    num_train: int = 800
     num_val: int = 100
     height: int = 160
     width: int = 192

@@ -1,7 +1,7 @@
 # The built-in shapes, drawn into `data_root` on first use. Small enough to learn on two CPU cores.
 dataset_type = 'ShapesDetDataset'
 data_root = 'data/shapes/'
-shapes = dict(num_train=600, num_val=100, height=160, width=192, seed=0)
+shapes = dict(num_train=800, num_val=100, height=160, width=192, seed=0)
 image_scale = (192, 160)  # (width, height), as mm's Resize takes it
 backend_args = None
 

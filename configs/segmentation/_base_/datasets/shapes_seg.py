@@ -1,7 +1,7 @@
 # The built-in shapes, drawn into `data_root` on first use. Small enough to learn on two CPU cores.
 dataset_type = 'ShapesSegDataset'
 data_root = 'data/shapes/'
-shapes = dict(num_train=600, num_val=100, height=160, width=192, seed=0)
+shapes = dict(num_train=800, num_val=100, height=160, width=192, seed=0)
 crop_size = (160, 192)  # whole images
 backend_args = None
 
