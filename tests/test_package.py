@@ -13,7 +13,10 @@ import pytest
 from mmengine.fileio import load
 
 ROOT = Path(__file__).parents[1]
-NOT_SOURCES = ('.*', '*.egg-info', '__pycache__', 'build', 'data', 'demo_out', 'dist', 'work_dirs')
+NOT_SOURCES = (
+    *('.*', '*.egg-info', '*venv*', '__pycache__'),
+    *('build', 'data', 'demo_out', 'dist', 'work_dirs'),
+)
 
 
 def run_python(*args: str, cwd: Path, **env: str) -> str:
