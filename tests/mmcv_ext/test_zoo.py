@@ -23,8 +23,10 @@ SIZE = 64
 def _without_downloads(node: object) -> None:
     """No checkpoints; and batch normalisation that runs in one process, on a CPU."""
     if isinstance(node, dict):
-        for key in node.keys() & {'init_cfg', 'pretrained'}:
-            node[key] = None
+        if (node.get('init_cfg') or {}).get('type') == 'Pretrained':
+            node['init_cfg'] = None
+        if 'pretrained' in node:
+            node['pretrained'] = None
         if node.get('type') == 'SyncBN':
             node['type'] = 'BN'
         for value in node.values():
@@ -41,7 +43,9 @@ def _build(library: object, config: str, **data_preprocessor: object) -> torch.n
     model = Config.fromfile(path).model
     _without_downloads(model)
     model.data_preprocessor.update(data_preprocessor)
-    return library.registry.MODELS.build(model)
+    model = library.registry.MODELS.build(model)
+    model.init_weights()  # some parameters hold whatever was in memory before
+    return model
 
 
 def _train_step(model: torch.nn.Module, data: dict) -> None:
