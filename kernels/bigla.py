@@ -108,10 +108,10 @@ def _(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float) -> 
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from mmvig.kernels.bigla_trust import trusted
+    from mmvig.kernels.bigla_trust import in_fresh_thread, trusted
 
     if not trusted(q.device, q.dtype, gf.dtype, q.shape[-1], v.shape[-1]):
-        return chunked_backward(q, k, v, gf, gb, do, scale)
+        return in_fresh_thread(chunked_backward, q, k, v, gf, gb, do, scale)
     from mmvig.kernels.bigla_bwd import backward
 
     return backward(*(_unit_stride(x) for x in (q, k, v, gf, gb, do)), scale)

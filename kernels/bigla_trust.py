@@ -1,7 +1,10 @@
 """Whether the fused `bidirectional_gla` is right on this machine: a self-check at first use."""
 
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +33,7 @@ def trusted(
 def _checked(
     device: torch.device, dtype: torch.dtype, gate_dtype: torch.dtype, dk: int, dv: int
 ) -> bool:
-    fault = find_fault(device, dtype, gate_dtype, dk, dv)
+    fault = in_fresh_thread(find_fault, device, dtype, gate_dtype, dk, dv)
     if fault is not None:
         import triton
 
@@ -43,6 +46,22 @@ def _checked(
             stacklevel=2,
         )
     return fault is None
+
+
+def in_fresh_thread(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function with autograd as usual, on the current CUDA stream.
+
+    Inside an operator PyTorch has taken autograd out of this thread's dispatch; `enable_grad`
+    does not bring it back, another thread has it.
+    """
+    stream = torch.cuda.current_stream()
+
+    def call() -> Any:
+        with torch.cuda.stream(stream):
+            return function(*args)
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
 
 
 def find_fault(
