@@ -13,9 +13,12 @@ from torch import Tensor
 from mmvig.kernels.bigla_fwd import scan_states, strides
 from mmvig.kernels.bigla_plan import Plan, make_plan
 from mmvig.kernels.bigla_tiles import (
+    INTERPRETED,
     LOG2E,
     MAX_CHUNK_BITS,
+    after,
     before,
+    half_gates,
     load_state,
     load_tile,
     reduce_segment,
@@ -23,13 +26,13 @@ from mmvig.kernels.bigla_tiles import (
     store_states,
     store_tile,
     sum_gates,
-    total_gate,
+    sum_tokens,
 )
 
 
 @triton.jit(do_not_specialize=['N', 'H', 'segment', 'n_segments'])
 def all_segment_states_kernel(
-    p_q, p_k, p_v, p_gf, p_gb, p_do, p_states, p_decays,
+    p_q, p_k, p_v, p_gf, p_gb, p_do, p_states, p_decays, p_weakest,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
     do_b, do_n, do_h, N, H, segment, n_segments,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -48,24 +51,24 @@ def all_segment_states_kernel(
     slot = head.to(tl.int64) * n_segments + i_s
     flow = tl.num_programs(0).to(tl.int64) * n_segments
     if tl.program_id(2) % 2 == 0:
-        right, left, right_total, left_total = reduce_segment(
+        right, left, right_total, left_total, weakest = reduce_segment(
             p_k + b * k_b + t * k_n + h * k_h, p_v + b * v_b + t * v_n + h * v_h, p_gf, p_gb,
             k_n, v_n, gf_n, gb_n, n, K, V, v0, C, BK, BV, BK != K, V % BV != 0, OP, PRECISION,
             False,
         )  # fmt: skip
         store_states(
-            p_states, p_decays, right, left, right_total, left_total, flow, slot, 0, v0,
-            K, V, BK, BV, True,
+            p_states, p_decays, p_weakest, right, left, right_total, left_total, weakest, flow,
+            slot, 0, v0, K, V, BK, BV, True,
         )  # fmt: skip
     else:
-        right, left, right_total, left_total = reduce_segment(
+        right, left, right_total, left_total, weakest = reduce_segment(
             p_q + b * q_b + t * q_n + h * q_h, p_do + b * do_b + t * do_n + h * do_h, p_gb, p_gf,
             q_n, do_n, gb_n, gf_n, n, K, V, v0, C, BK, BV, BK != K, V % BV != 0, OP, PRECISION,
             True,
         )  # fmt: skip
         store_states(
-            p_states, p_decays, right, left, right_total, left_total, flow, slot, 2, v0,
-            K, V, BK, BV, False,
+            p_states, p_decays, p_weakest, right, left, right_total, left_total, weakest, flow,
+            slot, 2, v0, K, V, BK, BV, False,
         )  # fmt: skip
 
 
@@ -102,55 +105,58 @@ def exact_grads(
 
 @triton.jit
 def exact_chunk(
-    q, k, v, do, gf, gb, c, d, s_f, s_b, ds_f, ds_b, p_k, p_gf, p_gb, p_dq, p_dk, p_dv,
+    q, k, v, do, gf, gb, s_f, s_b, ds_f, ds_b, p_k, p_gf, p_gb, p_dq, p_dk, p_dv,
     k_n, gf_n, gb_n, H, n, v0, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     OP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Stores dq, dk and dv of a chunk whose gates are too strong for the factored form.
 
-    States are of dtype OP, pointers those of the chunk. Returns dc and dd, float32 (C, BK).
+    States are those that enter the chunk, pointers those of the chunk. Returns dc and dd, float32
+    (C, BK), and S_f and dS_b as they leave the chunk.
     """
-    from_f = tl.exp2(before(sum_gates(gf, C, True), gf))
-    from_b = tl.exp2(before(sum_gates(gb, C, False), gb))
+    to_f = tl.exp2(sum_gates(before(C, False), gf))
+    to_b = tl.exp2(sum_gates(after(C, False), gb))
+    from_f = tl.exp2(sum_gates(after(C, True), gf))
+    from_b = tl.exp2(sum_gates(before(C, True), gb))
     a = tl.zeros((C, C), tl.float32)
     da = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     a, dq_f, dk_f = exact_grads(a, da, q, p_k, p_gf, k_n, gf_n, n, K, C, BK, False)
     a, dq_b, dk_b = exact_grads(a, da, q, p_k, p_gb, k_n, gb_n, n, K, C, BK, True)
-    dq_f += tl.exp2(c) * tl.dot(do, s_f, input_precision=PRECISION)
-    dq_b += tl.exp2(d) * tl.dot(do, s_b, input_precision=PRECISION)
-    dk_f += from_f * tl.dot(v, ds_f, input_precision=PRECISION)
-    dk_b += from_b * tl.dot(v, ds_b, input_precision=PRECISION)
+    dq_f += to_f * tl.dot(do, s_f.to(OP), input_precision=PRECISION)
+    dq_b += to_b * tl.dot(do, s_b.to(OP), input_precision=PRECISION)
+    dk_f += from_f * tl.dot(v, ds_f.to(OP), input_precision=PRECISION)
+    dk_b += from_b * tl.dot(v, ds_b.to(OP), input_precision=PRECISION)
     store_tile(p_dq, (dq_f + dq_b) * scale, H * K, n, K, C, BK, BK != K)
     store_tile(p_dk, (dk_f + dk_b) * scale, H * K, n, K, C, BK, BK != K)
+    k_f = (k * from_f).to(OP)
     dv = tl.dot(a.to(OP), do, input_precision=PRECISION)
-    dv = tl.dot((k * from_f).to(OP), tl.trans(ds_f), dv, input_precision=PRECISION)
-    dv = tl.dot((k * from_b).to(OP), tl.trans(ds_b), dv, input_precision=PRECISION)
+    dv = tl.dot(k_f, tl.trans(ds_f.to(OP)), dv, input_precision=PRECISION)
+    dv = tl.dot((k * from_b).to(OP), tl.trans(ds_b.to(OP)), dv, input_precision=PRECISION)
     store_tile(p_dv, dv * scale, H * V, n, V - v0, C, BV, V % BV != 0)
-    return q * dq_f - k * dk_f, q * dq_b - k * dk_b
+    s_f *= tl.exp2(2.0 * half_gates(gf, C, BV))
+    s_f = tl.dot(tl.trans(v), k_f, s_f, input_precision=PRECISION)
+    ds_b *= tl.exp2(2.0 * half_gates(gb, C, BV))
+    ds_b = tl.dot(tl.trans(do), (q * to_b).to(OP), ds_b, input_precision=PRECISION)
+    return q * dq_f - k * dk_f, q * dq_b - k * dk_b, s_f, ds_b
 
 
 @triton.jit
-def sum_tokens(x, C: tl.constexpr, REVERSE: tl.constexpr, OP: tl.constexpr):
-    """Inclusive running sums of a float32 (C, BK) tile along the tokens.
+def sum_again(weights, g, zero):
+    """`sum_gates`, not merged by the compiler with an equal sum: cheaper than spilling that one.
 
-    Where products are in bfloat16, by two of them with a triangle of ones, of x's leading and
-    following 8 bits: rounding error 2^-17 of each x.
+    zero is a scalar whose value the compiler does not know.
     """
-    if x.dtype == OP:
-        return tl.cumsum(x, 0, reverse=REVERSE)
+    if g.dtype == tl.float32 or INTERPRETED:
+        return sum_gates(weights, g) + zero
     else:
-        i = tl.arange(0, C)[:, None]
-        j = tl.arange(0, C)[None, :]
-        ones = ((j >= i) if REVERSE else (j <= i)).to(OP)
-        high = x.to(OP)
-        low = (x - high.to(tl.float32)).to(OP)
-        return tl.dot(ones, low, tl.dot(ones, high))
+        return tl.dot(weights.to(g.dtype), g, tl.zeros(g.shape, tl.float32) + zero) * LOG2E
 
 
 @triton.jit(do_not_specialize=['B', 'N', 'H', 'n_segments', 'n_chunks', 'chunks'])
 def grad_kernel(
-    p_q, p_k, p_v, p_gf, p_gb, p_do, p_dq, p_dk, p_dv, p_dgf, p_dgb, p_states, p_stack, scale,
+    p_q, p_k, p_v, p_gf, p_gb, p_do, p_dq, p_dk, p_dv, p_dgf, p_dgb,
+    p_states, p_weakest, p_stack, scale,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
     do_b, do_n, do_h, B, N, H, n_segments, n_chunks, chunks,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -187,13 +193,12 @@ def grad_kernel(
     p_dk += share
     p_dgf += share
     p_dgb += share
-    p_stack += (wide + head) * n_chunks * K * V
     stack = (wide + tl.num_programs(0)) * n_chunks * K * V
     mask_k: tl.constexpr = BK != K
     mask_v: tl.constexpr = V % BV != 0
     rows = tl.arange(0, C)
 
-    # b_b: column sums of S_b * dS_b at the left end of a chunk.
+    weakest = tl.zeros((BV, BK), tl.float32)
     if HAS_STATES:
         flow = (wide + tl.num_programs(0)) * n_segments * K * V
         p_states += ((wide + head) * n_segments + i_s) * K * V
@@ -201,123 +206,160 @@ def grad_kernel(
         s_b = load_state(p_states + flow, K, V, v0, BK, BV)
         ds_b = load_state(p_states + 2 * flow, K, V, v0, BK, BV)
         ds_f = load_state(p_states + 3 * flow, K, V, v0, BK, BV)
-        left = load_state(p_states + flow - K * V, K, V, v0, BK, BV, i_s > 0)
-        b_b = tl.sum(left * ds_b, 0)
     else:
         s_f = tl.zeros((BV, BK), tl.float32)
         s_b = tl.zeros((BV, BK), tl.float32)
         ds_b = tl.zeros((BV, BK), tl.float32)
         ds_f = tl.zeros((BV, BK), tl.float32)
-        b_b = tl.zeros((BK,), tl.float32)
 
+    p_stack += ((wide + head) * n_chunks + first) * K * V
+    store_state(p_stack + (wide + last - first) * K * V, s_b, K, V, v0, BK, BV)
+    store_state(p_stack + stack + (wide + last - first) * K * V, ds_f, K, V, v0, BK, BV)
+    strictly_before = before(C, True)
+    not_after = before(C, False)
     for step in range(last - first):
         i_c = last - step
-        store_state(p_stack + (wide + i_c) * K * V, s_b, K, V, v0, BK, BV)
-        store_state(p_stack + stack + (wide + i_c) * K * V, ds_f, K, V, v0, BK, BV)
         t = (wide + i_c) * C
         n = N - i_c * C
         k = load_tile(p_k + t * k_n, k_n, n, K, C, BK, mask_k).to(tl.float32)
         v = load_tile(p_v + t * v_n, v_n, n, V - v0, C, BV, mask_v).to(OP)
         gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
-        k_left = (k * tl.exp2(before(sum_gates(gb, C, False), gb))).to(OP)
-        s_b *= tl.exp2(total_gate(gb))[None, :]
-        s_b = tl.dot(tl.trans(v), k_left, s_b, input_precision=PRECISION)
+        k = (k * tl.exp2(sum_gates(strictly_before, gb))).to(OP)
+        half_b = half_gates(gb, C, BV)
+        s_b = tl.dot(tl.trans(v), k, s_b * tl.exp2(2.0 * half_b), input_precision=PRECISION)
         q = load_tile(p_q + t * q_n, q_n, n, K, C, BK, mask_k).to(tl.float32)
         do = load_tile(p_do + t * do_n, do_n, n, V - v0, C, BV, mask_v).to(OP)
         gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
-        q_left = (q * tl.exp2(sum_gates(gf, C, False))).to(OP)
-        ds_f *= tl.exp2(total_gate(gf))[None, :]
-        ds_f = tl.dot(tl.trans(do), q_left, ds_f, input_precision=PRECISION)
+        q = (q * tl.exp2(sum_gates(not_after, gf))).to(OP)
+        half_f = half_gates(gf, C, BV)
+        ds_f = tl.dot(tl.trans(do), q, ds_f * tl.exp2(2.0 * half_f), input_precision=PRECISION)
+        p_left = p_stack + (wide + i_c - 1 - first) * K * V
+        store_state(p_left, s_b, K, V, v0, BK, BV)
+        store_state(p_left + stack, ds_f, K, V, v0, BK, BV)
+        if not HAS_STATES:
+            weakest = tl.minimum(weakest, tl.minimum(half_f, half_b))
     # Other threads of this program read what was stacked.
     tl.debug_barrier()
 
-    s_b = s_b.to(OP)
-    ds_f = ds_f.to(OP)
-    for i_c in range(first, last + 1):
-        t = (wide + i_c) * C
-        n = N - i_c * C
-        q = load_tile(p_q + t * q_n, q_n, n, K, C, BK, mask_k).to(tl.float32)
-        k = load_tile(p_k + t * k_n, k_n, n, K, C, BK, mask_k).to(tl.float32)
-        v = load_tile(p_v + t * v_n, v_n, n, V - v0, C, BV, mask_v).to(OP)
-        do = load_tile(p_do + t * do_n, do_n, n, V - v0, C, BV, mask_v).to(OP)
+    if HAS_STATES:
+        factors = tl.load(p_weakest + (wide + head) * n_segments + i_s) > -0.5 * MAX_CHUNK_BITS
+    else:
+        t = (wide + first) * C
+        n = N - first * C
         gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
         gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
-        c = sum_gates(gf, C, False)
-        d = sum_gates(gb, C, True)
-        c_all = total_gate(gf)
-        d_all = total_gate(gb)
-        if tl.min(tl.minimum(c_all, d_all), 0) > -MAX_CHUNK_BITS:
-            m_f = 0.5 * c_all
-            m_b = 0.5 * d_all
-            e_f = tl.exp2(m_f)
-            e_b = tl.exp2(m_b)
-            c -= m_f[None, :]
-            d -= m_b[None, :]
-            to_f = (q * tl.exp2(c)).to(OP)
-            to_b = (q * tl.exp2(d)).to(OP)
-            from_f = (k * tl.exp2(-c)).to(OP)
-            from_b = (k * tl.exp2(-d)).to(OP)
-            s_f_op = (s_f * e_f[None, :]).to(OP)
-            s_b_op = (s_b.to(tl.float32) * e_b[None, :]).to(OP)
-            ds_f_op = (ds_f.to(tl.float32) * e_f[None, :]).to(OP)
-            ds_b_op = (ds_b * e_b[None, :]).to(OP)
+        weakest = tl.minimum(weakest, tl.minimum(half_gates(gf, C, BV), half_gates(gb, C, BV)))
+        factors = tl.min(weakest) > -0.5 * MAX_CHUNK_BITS
+    # Sums up to a token less half of all: decays measured from the middle of the chunk's decay.
+    from_middle_f = before(C, False, 0.5)
+    from_middle_b = after(C, False, 0.5)
+    half = tl.full((C, C), 0.5, tl.float32).to(tl.bfloat16)
+    ones = tl.full((C, BV), 1.0, tl.float32).to(OP)
+    parts: tl.constexpr = 3 if PRECISION == 'tf32x3' else 2
+    # A zero unknown to the compiler, which otherwise rounds masked tiles element by element.
+    zero = tl.minimum(N, 0).to(tl.float32)
+    if factors:
+        for i_c in range(first, last + 1):
+            t = (wide + i_c) * C
+            n = N - i_c * C
+            q = load_tile(p_q + t * q_n, q_n, n, K, C, BK, mask_k).to(tl.float32)
+            k = load_tile(p_k + t * k_n, k_n, n, K, C, BK, mask_k).to(tl.float32)
+            v = load_tile(p_v + t * v_n, v_n, n, V - v0, C, BV, mask_v).to(OP)
+            do = load_tile(p_do + t * do_n, do_n, n, V - v0, C, BV, mask_v).to(OP)
+            gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
+            gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
+            p_here = p_stack + (wide + i_c - first) * K * V
+            s_b = load_state(p_here, K, V, v0, BK, BV).to(tl.float32)
+            ds_f = load_state(p_here + stack, K, V, v0, BK, BV).to(tl.float32)
+            # States first: what they need is then out of the registers.
+            e_f = tl.exp2(half_gates(gf, C, BV))
+            s_f *= e_f
+            s_f_op = s_f.to(OP)
+            ds_f_op = (ds_f * e_f).to(OP)
+            c = sum_gates(from_middle_f, gf)
+            q_f = (q * tl.exp2(c)).to(OP)
+            k_f = (k * tl.exp2(-c)).to(OP)
+            s_f = tl.dot(tl.trans(v), k_f, s_f, input_precision=PRECISION)
+            s_f *= e_f
+            end_f = (s_f * ds_f).to(OP)
+            e_b = tl.exp2(half_gates(gb, C, BV))
+            ds_b *= e_b
+            ds_b_op = ds_b.to(OP)
+            s_b_op = (s_b * e_b).to(OP)
+            d = sum_gates(from_middle_b, gb)
+            q_b_ = (q * tl.exp2(d)).to(OP)
+            k_b_ = (k * tl.exp2(-d)).to(OP)
+            ds_b = tl.dot(tl.trans(do), q_b_, ds_b, input_precision=PRECISION)
+            ds_b *= e_b
+            end_b = (ds_b * s_b).to(OP)
             # Row j gives, column i receives.
-            a_f = tl.dot(from_f, tl.trans(to_f), input_precision=PRECISION)
-            a_b = tl.dot(from_b, tl.trans(to_b), input_precision=PRECISION)
-            a = tl.where(rows[:, None] <= rows[None, :], a_f, 0.0)
+            a = tl.dot(k_f, tl.trans(q_f), input_precision=PRECISION)
+            a = tl.where(rows[:, None] <= rows[None, :], a, 0.0)
+            a_b = tl.dot(k_b_, tl.trans(q_b_), input_precision=PRECISION)
             a += tl.where(rows[:, None] >= rows[None, :], a_b, 0.0)
             dv = tl.dot(a.to(OP), do, input_precision=PRECISION)
-            dv = tl.dot(from_f, tl.trans(ds_f_op), dv, input_precision=PRECISION)
-            dv = tl.dot(from_b, tl.trans(ds_b_op), dv, input_precision=PRECISION)
+            dv = tl.dot(k_f, tl.trans(ds_f_op), dv, input_precision=PRECISION)
+            dv = tl.dot(k_b_, tl.trans(ds_b_op), dv, input_precision=PRECISION)
             store_tile(p_dv + t * H * V, dv * scale, H * V, n, V - v0, C, BV, mask_v)
             # Row i receives, column j gives.
             da = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            da_f = tl.where(rows[:, None] >= rows[None, :], da, 0.0).to(OP)
-            da_b = tl.where(rows[:, None] <= rows[None, :], da, 0.0).to(OP)
-            dq_f = tl.dot(da_f, from_f, input_precision=PRECISION)
-            dq_f = tl.dot(do, s_f_op, dq_f, input_precision=PRECISION)
-            dq_b = tl.dot(da_b, from_b, input_precision=PRECISION)
-            dq_b = tl.dot(do, s_b_op, dq_b, input_precision=PRECISION)
-            dq = (tl.exp2(c) * dq_f + tl.exp2(d) * dq_b) * scale
-            store_tile(p_dq + t * H * K, dq, H * K, n, K, C, BK, mask_k)
-            # The rounded operands, so that what cancels in the sum over a chunk does so exactly.
-            dc = to_f.to(tl.float32) * dq_f
-            dd = to_b.to(tl.float32) * dq_b
+            da_f = tl.where(rows[:, None] >= rows[None, :], da, zero).to(OP)
+            dq_f = tl.dot(do, s_f_op, input_precision=PRECISION)
+            dq_f = tl.dot(da_f, k_f, dq_f, input_precision=PRECISION)
+            dq_f *= tl.exp2(sum_again(from_middle_f, gf, zero))
+            dc = q * dq_f
+            da_b = tl.where(rows[:, None] <= rows[None, :], da, zero).to(OP)
+            dq_b = tl.dot(do, s_b_op, input_precision=PRECISION)
+            dq_b = tl.dot(da_b, k_b_, dq_b, input_precision=PRECISION)
+            dq_b *= tl.exp2(sum_again(from_middle_b, gb, zero))
+            dd = q * dq_b
+            store_tile(p_dq + t * H * K, (dq_f + dq_b) * scale, H * K, n, K, C, BK, mask_k)
             # Row j gives, column i receives.
             da = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-            da_f = tl.where(rows[:, None] <= rows[None, :], da, 0.0).to(OP)
-            da_b = tl.where(rows[:, None] >= rows[None, :], da, 0.0).to(OP)
-            dk_f = tl.dot(da_f, to_f, input_precision=PRECISION)
-            dk_f = tl.dot(v, ds_f_op, dk_f, input_precision=PRECISION)
-            dk_b = tl.dot(da_b, to_b, input_precision=PRECISION)
-            dk_b = tl.dot(v, ds_b_op, dk_b, input_precision=PRECISION)
-            dk = (tl.exp2(-c) * dk_f + tl.exp2(-d) * dk_b) * scale
-            store_tile(p_dk + t * H * K, dk, H * K, n, K, C, BK, mask_k)
-            dc -= from_f.to(tl.float32) * dk_f
-            dd -= from_b.to(tl.float32) * dk_b
-        else:
-            e_f = tl.full((BK,), 1.0, tl.float32)
-            e_b = tl.full((BK,), 1.0, tl.float32)
-            to_b = (q * tl.exp2(d)).to(OP)
-            from_f = (k * tl.exp2(before(sum_gates(gf, C, True), gf))).to(OP)
-            dc, dd = exact_chunk(
-                q, k, v, do, gf, gb, c, d, s_f.to(OP), s_b, ds_f, ds_b.to(OP),
+            da_f = tl.where(rows[:, None] <= rows[None, :], da, zero).to(OP)
+            dk_f = tl.dot(v, ds_f_op, input_precision=PRECISION)
+            dk_f = tl.dot(da_f, q_f, dk_f, input_precision=PRECISION)
+            dk_f *= tl.exp2(-sum_again(from_middle_f, gf, -zero))
+            dc -= k * dk_f
+            da_b = tl.where(rows[:, None] >= rows[None, :], da, zero).to(OP)
+            dk_b = tl.dot(v, ds_b_op, input_precision=PRECISION)
+            dk_b = tl.dot(da_b, q_b_, dk_b, input_precision=PRECISION)
+            dk_b *= tl.exp2(-sum_again(from_middle_b, gb, -zero))
+            dd -= k * dk_b
+            store_tile(p_dk + t * H * K, (dk_f + dk_b) * scale, H * K, n, K, C, BK, mask_k)
+            # Sums over i >= t of dc, over i > t of -dd, and the gradients at the chunk's right end.
+            d_g = sum_tokens(from_middle_b, dc, parts) + sum_tokens(half, dc, parts)
+            d_g = tl.dot(ones, end_f, d_g, input_precision=PRECISION) * scale
+            store_tile(p_dgf + t * H * K, d_g, H * K, n, K, C, BK, mask_k)
+            d_g = sum_tokens(from_middle_f, dd, parts) - sum_tokens(half, dd, parts)
+            d_g = tl.dot(ones, end_b, d_g, input_precision=PRECISION) * scale
+            store_tile(p_dgb + t * H * K, d_g, H * K, n, K, C, BK, mask_k)
+    else:
+        for i_c in range(first, last + 1):
+            t = (wide + i_c) * C
+            n = N - i_c * C
+            q = load_tile(p_q + t * q_n, q_n, n, K, C, BK, mask_k).to(tl.float32)
+            k = load_tile(p_k + t * k_n, k_n, n, K, C, BK, mask_k).to(tl.float32)
+            v = load_tile(p_v + t * v_n, v_n, n, V - v0, C, BV, mask_v).to(OP)
+            do = load_tile(p_do + t * do_n, do_n, n, V - v0, C, BV, mask_v).to(OP)
+            gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
+            gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
+            p_here = p_stack + (wide + i_c - first) * K * V
+            s_b = load_state(p_here, K, V, v0, BK, BV).to(tl.float32)
+            ds_f = load_state(p_here + stack, K, V, v0, BK, BV).to(tl.float32)
+            dc, dd, s_f, ds_b = exact_chunk(
+                q, k, v, do, gf, gb, s_f, s_b, ds_f, ds_b,
                 p_k + t * k_n, p_gf + t * gf_n, p_gb + t * gb_n, p_dq + t * H * K,
                 p_dk + t * H * K, p_dv + t * H * V, k_n, gf_n, gb_n, H, n, v0, scale,
                 K, V, C, BK, BV, OP, PRECISION,
             )  # fmt: skip
-        new = tl.dot(tl.trans(v), from_f, input_precision=PRECISION)
-        s_f = s_f * tl.exp2(c_all)[None, :] + new * e_f[None, :]
-        dc = sum_tokens(dc, C, True, OP) + tl.sum(s_f * ds_f.to(tl.float32), 0)[None, :]
-        store_tile(p_dgf + t * H * K, dc * scale, H * K, n, K, C, BK, mask_k)
-        dd = sum_tokens(dd, C, False, OP) + b_b[None, :]
-        store_tile(p_dgb + t * H * K, dd * scale, H * K, n, K, C, BK, mask_k)
-        new = tl.dot(tl.trans(do), to_b, input_precision=PRECISION)
-        ds_b = ds_b * tl.exp2(d_all)[None, :] + new * e_b[None, :]
-        b_b = tl.sum(s_b.to(tl.float32) * ds_b, 0)
-        p_next = p_stack + (wide + i_c + 1) * K * V
-        s_b = load_state(p_next, K, V, v0, BK, BV, i_c < last)
-        ds_f = load_state(p_next + stack, K, V, v0, BK, BV, i_c < last)
+            # Sums over i >= t of dc, over i > t of -dd, and the gradients at the chunk's right end.
+            d_g = sum_tokens(from_middle_b, dc, parts) + sum_tokens(half, dc, parts)
+            d_g += tl.dot(ones, (s_f * ds_f).to(OP), input_precision=PRECISION)
+            store_tile(p_dgf + t * H * K, d_g * scale, H * K, n, K, C, BK, mask_k)
+            d_g = sum_tokens(from_middle_f, dd, parts) - sum_tokens(half, dd, parts)
+            d_g += tl.dot(ones, (s_b * ds_b).to(OP), input_precision=PRECISION)
+            store_tile(p_dgb + t * H * K, d_g * scale, H * K, n, K, C, BK, mask_k)
 
 
 def backward(
@@ -334,11 +376,12 @@ def backward(
     dims = dict(K=dk, V=dv, BK=p.block_k, BV=p.block_v, C=p.chunk, OP=p.op, PRECISION=p.precision)
     inputs = (q, k, v, gf, gb, do)
     states = q.new_empty(4 if n_segments > 1 else 0, b * h, n_segments, dv, dk, dtype=torch.float32)
+    weakest = states.new_empty(b * h, n_segments)
     if n_segments > 1:
         decays = q.new_empty(2, b * h, n_segments, dk, dtype=torch.float32)
         all_segment_states_kernel[b * h, n_segments, 2 * blocks](
-            *inputs, states, decays, *strides(*inputs), n, h, p.chunks * p.chunk, n_segments,
-            **dims, **p.reduce,
+            *inputs, states, decays, weakest, *strides(*inputs), n, h, p.chunks * p.chunk,
+            n_segments, **dims, **p.reduce,
         )  # fmt: skip
         scan_states(states, decays)
     stack = q.new_empty(2, b * h, n_chunks, dv, dk, dtype=p.torch_op)
@@ -351,7 +394,7 @@ def backward(
     ]
     d_q, d_k, d_gf, d_gb = shares
     grad_kernel[b * h, n_segments, blocks](
-        *inputs, d_q, d_k, d_v, d_gf, d_gb, states, stack, 0.5 * scale, *strides(*inputs),
+        *inputs, d_q, d_k, d_v, d_gf, d_gb, states, weakest, stack, 0.5 * scale, *strides(*inputs),
         b, n, h, n_segments, n_chunks, p.chunks, **dims, HAS_STATES=n_segments > 1,
         **p.grad,
     )  # fmt: skip

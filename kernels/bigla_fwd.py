@@ -9,7 +9,9 @@ from mmvig.kernels.bigla_plan import Plan, make_plan
 from mmvig.kernels.bigla_tiles import (
     LOG2E,
     MAX_CHUNK_BITS,
+    after,
     before,
+    half_gates,
     load_state,
     load_tile,
     reduce_segment,
@@ -18,13 +20,12 @@ from mmvig.kernels.bigla_tiles import (
     store_states,
     store_tile,
     sum_gates,
-    total_gate,
 )
 
 
 @triton.jit(do_not_specialize=['N', 'H', 'segment', 'n_segments'])
 def segment_states_kernel(
-    p_k, p_v, p_gf, p_gb, p_states, p_decays,
+    p_k, p_v, p_gf, p_gb, p_states, p_decays, p_weakest,
     k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
     N, H, segment, n_segments,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -38,7 +39,7 @@ def segment_states_kernel(
     v0 = tl.program_id(2) * BV
     t = i_s.to(tl.int64) * segment
     n = tl.minimum(segment, N - i_s * segment)
-    right, left, right_total, left_total = reduce_segment(
+    right, left, right_total, left_total, weakest = reduce_segment(
         p_k + b * k_b + t * k_n + h * k_h, p_v + b * v_b + t * v_n + h * v_h,
         p_gf + b * gf_b + t * gf_n + h * gf_h, p_gb + b * gb_b + t * gb_n + h * gb_h,
         k_n, v_n, gf_n, gb_n, n, K, V, v0, C, BK, BV, BK != K, V % BV != 0, OP, PRECISION, False,
@@ -46,8 +47,8 @@ def segment_states_kernel(
     slot = head.to(tl.int64) * n_segments + i_s
     flow = tl.num_programs(0).to(tl.int64) * n_segments
     store_states(
-        p_states, p_decays, right, left, right_total, left_total, flow, slot, 0, v0,
-        K, V, BK, BV, True,
+        p_states, p_decays, p_weakest, right, left, right_total, left_total, weakest, flow, slot,
+        0, v0, K, V, BK, BV, True,
     )  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def exact_scores(
 
 @triton.jit(do_not_specialize=['N', 'H', 'n_segments', 'n_chunks', 'chunks'])
 def output_kernel(
-    p_q, p_k, p_v, p_gf, p_gb, p_o, p_states, p_stack, scale,
+    p_q, p_k, p_v, p_gf, p_gb, p_o, p_states, p_weakest, p_stack, scale,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
     N, H, n_segments, n_chunks, chunks,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -106,12 +107,12 @@ def output_kernel(
     p_gf += b * gf_b + h * gf_h
     p_gb += b * gb_b + h * gb_h
     p_o += (b * N * H + h) * V + v0
-    p_stack += head.to(tl.int64) * n_chunks * K * V
     mask_k: tl.constexpr = BK != K
     mask_v: tl.constexpr = V % BV != 0
     rows = tl.arange(0, C)
     wide = tl.zeros((), tl.int64)
 
+    weakest = tl.zeros((BV, BK), tl.float32)
     if HAS_STATES:
         slot = head.to(tl.int64) * n_segments + i_s
         flow = tl.num_programs(0).to(tl.int64) * n_segments * K * V
@@ -121,67 +122,89 @@ def output_kernel(
         s_f = tl.zeros((BV, BK), tl.float32)
         s_b = tl.zeros((BV, BK), tl.float32)
 
+    p_stack += ((wide + head) * n_chunks + first) * K * V
+    store_state(p_stack + (wide + last - first) * K * V, s_b, K, V, v0, BK, BV)
+    strictly_before = before(C, True)
     for step in range(last - first):
         i_c = last - step
-        store_state(p_stack + (wide + i_c) * K * V, s_b, K, V, v0, BK, BV)
         t = (wide + i_c) * C
         n = N - i_c * C
         k = load_tile(p_k + t * k_n, k_n, n, K, C, BK, mask_k).to(tl.float32)
         v = load_tile(p_v + t * v_n, v_n, n, V - v0, C, BV, mask_v).to(OP)
         gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
-        k_left = (k * tl.exp2(before(sum_gates(gb, C, False), gb))).to(OP)
-        s_b *= tl.exp2(total_gate(gb))[None, :]
-        s_b = tl.dot(tl.trans(v), k_left, s_b, input_precision=PRECISION)
+        k = (k * tl.exp2(sum_gates(strictly_before, gb))).to(OP)
+        half_b = half_gates(gb, C, BV)
+        s_b = tl.dot(tl.trans(v), k, s_b * tl.exp2(2.0 * half_b), input_precision=PRECISION)
+        store_state(p_stack + (wide + i_c - 1 - first) * K * V, s_b, K, V, v0, BK, BV)
+        if not HAS_STATES:
+            gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
+            weakest = tl.minimum(weakest, tl.minimum(half_gates(gf, C, BV), half_b))
     # Other threads of this program read what was stacked.
     tl.debug_barrier()
 
-    s_b = s_b.to(OP)
-    for i_c in range(first, last + 1):
-        t = (wide + i_c) * C
-        n = N - i_c * C
-        q = load_tile(p_q + t * q_n, q_n, n, K, C, BK, mask_k).to(tl.float32)
-        k = load_tile(p_k + t * k_n, k_n, n, K, C, BK, mask_k).to(tl.float32)
-        v = load_tile(p_v + t * v_n, v_n, n, V - v0, C, BV, mask_v).to(OP)
+    if HAS_STATES:
+        factors = tl.load(p_weakest + slot) > -0.5 * MAX_CHUNK_BITS
+    else:
+        t = (wide + first) * C
+        n = N - first * C
         gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
         gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
-        c = sum_gates(gf, C, False)
-        d = sum_gates(gb, C, True)
-        c_all = total_gate(gf)
-        d_all = total_gate(gb)
-        if tl.min(tl.minimum(c_all, d_all), 0) > -MAX_CHUNK_BITS:
-            # Both factors of exp(c_i - c_j) are taken from the middle of the chunk's decay.
-            m_f = 0.5 * c_all
-            m_b = 0.5 * d_all
-            c -= m_f[None, :]
-            d -= m_b[None, :]
-            to_f = (q * tl.exp2(c)).to(OP)
-            to_b = (q * tl.exp2(d)).to(OP)
-            from_f = (k * tl.exp2(-c)).to(OP)
-            from_b = (k * tl.exp2(-d)).to(OP)
-            a_f = tl.dot(to_f, tl.trans(from_f), input_precision=PRECISION)
-            a_b = tl.dot(to_b, tl.trans(from_b), input_precision=PRECISION)
+        weakest = tl.minimum(weakest, tl.minimum(half_gates(gf, C, BV), half_gates(gb, C, BV)))
+        factors = tl.min(weakest) > -0.5 * MAX_CHUNK_BITS
+    if factors:
+        # Sums up to a token less half of all: decays measured from the middle of the chunk's decay.
+        from_middle_f = before(C, False, 0.5)
+        from_middle_b = after(C, False, 0.5)
+        for i_c in range(first, last + 1):
+            t = (wide + i_c) * C
+            n = N - i_c * C
+            q = load_tile(p_q + t * q_n, q_n, n, K, C, BK, mask_k).to(tl.float32)
+            k = load_tile(p_k + t * k_n, k_n, n, K, C, BK, mask_k).to(tl.float32)
+            v = load_tile(p_v + t * v_n, v_n, n, V - v0, C, BV, mask_v).to(OP)
+            gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
+            gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
+            s_b_in = load_state(p_stack + (wide + i_c - first) * K * V, K, V, v0, BK, BV)
+            c = sum_gates(from_middle_f, gf)
+            q_f = (q * tl.exp2(c)).to(OP)
+            k_f = (k * tl.exp2(-c)).to(OP)
+            a_f = tl.dot(q_f, tl.trans(k_f), input_precision=PRECISION)
+            d = sum_gates(from_middle_b, gb)
+            q_b_ = (q * tl.exp2(d)).to(OP)
+            k_b_ = (k * tl.exp2(-d)).to(OP)
+            a_b = tl.dot(q_b_, tl.trans(k_b_), input_precision=PRECISION)
             a = tl.where(rows[:, None] >= rows[None, :], a_f, 0.0)
             a += tl.where(rows[:, None] <= rows[None, :], a_b, 0.0)
-        else:
-            m_f = tl.zeros((BK,), tl.float32)
-            m_b = tl.zeros((BK,), tl.float32)
-            to_f = (q * tl.exp2(c)).to(OP)
-            to_b = (q * tl.exp2(d)).to(OP)
-            from_f = (k * tl.exp2(before(sum_gates(gf, C, True), gf))).to(OP)
+            o = tl.dot(a.to(OP), v, input_precision=PRECISION)
+            e_f = tl.exp2(half_gates(gf, C, BV))
+            s_f *= e_f
+            o = tl.dot(q_f, tl.trans(s_f.to(OP)), o, input_precision=PRECISION)
+            s = (s_b_in.to(tl.float32) * tl.exp2(half_gates(gb, C, BV))).to(OP)
+            o = tl.dot(q_b_, tl.trans(s), o, input_precision=PRECISION)
+            s_f = tl.dot(tl.trans(v), k_f, s_f, input_precision=PRECISION) * e_f
+            store_tile(p_o + t * H * V, o * scale, H * V, n, V - v0, C, BV, mask_v)
+    else:
+        for i_c in range(first, last + 1):
+            t = (wide + i_c) * C
+            n = N - i_c * C
+            q = load_tile(p_q + t * q_n, q_n, n, K, C, BK, mask_k).to(tl.float32)
+            k = load_tile(p_k + t * k_n, k_n, n, K, C, BK, mask_k).to(tl.float32)
+            v = load_tile(p_v + t * v_n, v_n, n, V - v0, C, BV, mask_v).to(OP)
+            gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
+            gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
+            s_b_in = load_state(p_stack + (wide + i_c - first) * K * V, K, V, v0, BK, BV)
             a = tl.zeros((C, C), tl.float32)
             p_kt = p_k + t * k_n
             a = exact_scores(a, q, p_kt, p_gf + t * gf_n, k_n, gf_n, n, K, C, BK, False)
             a = exact_scores(a, q, p_kt, p_gb + t * gb_n, k_n, gb_n, n, K, C, BK, True)
-        e_f = tl.exp2(m_f)[None, :]
-        o = tl.dot(a.to(OP), v, input_precision=PRECISION)
-        o = tl.dot(to_f, tl.trans((s_f * e_f).to(OP)), o, input_precision=PRECISION)
-        s = (s_b.to(tl.float32) * tl.exp2(m_b)[None, :]).to(OP)
-        o = tl.dot(to_b, tl.trans(s), o, input_precision=PRECISION)
-        store_tile(p_o + t * H * V, o * scale, H * V, n, V - v0, C, BV, mask_v)
-        new = tl.dot(tl.trans(v), from_f, input_precision=PRECISION)
-        s_f = s_f * tl.exp2(c_all)[None, :] + new * e_f
-        p_next = p_stack + (wide + i_c + 1) * K * V
-        s_b = load_state(p_next, K, V, v0, BK, BV, i_c < last)
+            o = tl.dot(a.to(OP), v, input_precision=PRECISION)
+            q_f = (q * tl.exp2(sum_gates(before(C, False), gf))).to(OP)
+            o = tl.dot(q_f, tl.trans(s_f.to(OP)), o, input_precision=PRECISION)
+            q_b_ = (q * tl.exp2(sum_gates(after(C, False), gb))).to(OP)
+            o = tl.dot(q_b_, tl.trans(s_b_in), o, input_precision=PRECISION)
+            store_tile(p_o + t * H * V, o * scale, H * V, n, V - v0, C, BV, mask_v)
+            k = (k * tl.exp2(sum_gates(after(C, True), gf))).to(OP)
+            s_f *= tl.exp2(2.0 * half_gates(gf, C, BV))
+            s_f = tl.dot(tl.trans(v), k, s_f, input_precision=PRECISION)
 
 
 def strides(*tensors: Tensor) -> list[int]:
@@ -202,16 +225,17 @@ def forward(
     dims = dict(K=dk, V=dv, BK=p.block_k, BV=p.block_v, C=p.chunk, OP=p.op, PRECISION=p.precision)
     grid = (b * h, n_segments, triton.cdiv(dv, p.block_v))
     states = o.new_empty(2 if n_segments > 1 else 0, b * h, n_segments, dv, dk, dtype=torch.float32)
+    weakest = states.new_empty(b * h, n_segments)
     if n_segments > 1:
         decays = o.new_empty(2, b * h, n_segments, dk, dtype=torch.float32)
         segment_states_kernel[grid](
-            k, v, gf, gb, states, decays, *strides(k, v, gf, gb),
+            k, v, gf, gb, states, decays, weakest, *strides(k, v, gf, gb),
             n, h, p.chunks * p.chunk, n_segments, **dims, **p.reduce,
         )  # fmt: skip
         scan_states(states, decays)
-    stack = o.new_empty(b * h, n_chunks if p.chunks > 1 else 0, dv, dk, dtype=p.torch_op)
+    stack = o.new_empty(b * h, n_chunks, dv, dk, dtype=p.torch_op)
     output_kernel[grid](
-        q, k, v, gf, gb, o, states, stack, 0.5 * scale, *strides(q, k, v, gf, gb),
+        q, k, v, gf, gb, o, states, weakest, stack, 0.5 * scale, *strides(q, k, v, gf, gb),
         n, h, n_segments, n_chunks, p.chunks, **dims, HAS_STATES=n_segments > 1,
         **p.output,
     )  # fmt: skip

@@ -52,7 +52,7 @@ def make_plan(
         torch_op=torch.bfloat16 if half else torch.float32,
         precision='tf32x3' if dtype == torch.float32 else 'tf32',
         # One stage is miscompiled by Triton 3.6 where the products are Hopper's wgmma.
-        reduce=dict(num_warps=4, num_stages=3 if large else 1),
-        output=dict(num_warps=4, num_stages=3 if large else 1),
-        grad=dict(num_warps=4, num_stages=2 if large else 1),
+        reduce=dict(num_warps=4, num_stages=3 if half else 2),
+        output=dict(num_warps=4, num_stages=3 if half else 2),
+        grad=dict(num_warps=4, num_stages=2),
     )

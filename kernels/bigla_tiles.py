@@ -14,9 +14,13 @@ and to the left; in the backward pass dS_b and dS_f, sums of do^T q, to the righ
 Value channels lead, so that decays scale columns, as they do in every other tile.
 """
 
+import os
+
 import triton
 import triton.language as tl
 
+# The interpreter has no products of bfloat16.
+INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
 LOG2E = tl.constexpr(1.4426950408889634)
 # Up to this total decay of a chunk, in bits, both factors of exp2(c_i - c_j) =
 # exp2(c_i - m) exp2(m - c_j), with m in the middle, and their product stay finite in float32 (and
@@ -65,32 +69,62 @@ def store_state(p, x, K, V, v0, BK: tl.constexpr, BV: tl.constexpr):
 
 
 @triton.jit
-def sum_gates(g, C: tl.constexpr, REVERSE: tl.constexpr):
-    """Inclusive running sums of (C, BK) gates along the tokens, in bits, float32.
+def before(C: tl.constexpr, STRICT: tl.constexpr, LESS: tl.constexpr = 0.0):
+    """Weights (C, C): 1 where token j (column) comes before i (row) or is i, unless `STRICT`.
 
-    Half-precision gates are summed by a product with a triangle of ones: it is exact (float32
-    accumulation of exact products) and cheaper than a scan across warps.
+    `LESS` is subtracted everywhere.
     """
-    if g.dtype == tl.float32:
-        x = tl.cumsum(g, 0, reverse=REVERSE)
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    return (((j < i) if STRICT else (j <= i)).to(tl.float32) - LESS).to(tl.bfloat16)
+
+
+@triton.jit
+def after(C: tl.constexpr, STRICT: tl.constexpr, LESS: tl.constexpr = 0.0):
+    """As `before`, for tokens j that come after i."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    return (((j > i) if STRICT else (j >= i)).to(tl.float32) - LESS).to(tl.bfloat16)
+
+
+@triton.jit
+def leading_bits(x):
+    """float32 x cut to the precision of bfloat16, by masking: cheaper than rounding to and fro."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def sum_tokens(weights, x, PARTS: tl.constexpr):
+    """weights (R, C), bfloat16 of magnitude 0, 0.5 or 1, times x (C, BK), accumulated in float32.
+
+    Sums over tokens as matrix products, which are cheaper than scans and reductions across warps.
+    Exact to float32 for x of half precision; float32 x is cut into PARTS (2 or 3) of 8 bits.
+    """
+    if INTERPRETED:
+        return tl.dot(weights.to(tl.float32), x.to(tl.float32))
+    elif x.dtype == tl.float32:
+        high = leading_bits(x)
+        x -= high
+        y = tl.dot(weights, high.to(tl.bfloat16))
+        if PARTS > 2:
+            high = leading_bits(x)
+            x -= high
+            y = tl.dot(weights, high.to(tl.bfloat16), y)
+        return tl.dot(weights, x.to(tl.bfloat16), y)
     else:
-        i = tl.arange(0, C)[:, None]
-        j = tl.arange(0, C)[None, :]
-        ones = (j >= i) if REVERSE else (j <= i)
-        x = tl.dot(ones.to(g.dtype), g)
-    return x * LOG2E
+        return tl.dot(weights.to(x.dtype), x)
 
 
 @triton.jit
-def before(x, g):
-    """Exclusive running sums from inclusive ones, x of `sum_gates(g)`."""
-    return x - g.to(tl.float32) * LOG2E
+def sum_gates(weights, g):
+    """Weighted sums of (C, BK) gates over tokens, in bits."""
+    return sum_tokens(weights, g, 3) * LOG2E
 
 
 @triton.jit
-def total_gate(g):
-    """Sum of (C, BK) gates over the tokens, in bits."""
-    return tl.sum(g.to(tl.float32), 0) * LOG2E
+def half_gates(g, C: tl.constexpr, ROWS: tl.constexpr):
+    """Half the sum of (C, BK) gates over the chunk, in bits, the same in each of `ROWS` rows."""
+    return sum_gates(tl.full((ROWS, C), 0.5, tl.float32).to(tl.bfloat16), g)
 
 
 @triton.jit
@@ -103,39 +137,46 @@ def reduce_segment(
 
     right = sum_t y_t^T x_t exp(r, from t on) and left = sum_t y_t^T x_t exp(l, up to t), where the
     gate of t itself counts if `INCLUSIVE`. Walks the chunks left to right; every exponent is <= 0.
+    The decays are (BV, BK) and (C, BK), all rows the same; `weakest` is half the smallest total
+    gate of a chunk, in bits.
     """
     right = tl.zeros((BV, BK), tl.float32)
     left = tl.zeros((BV, BK), tl.float32)
-    right_total = tl.zeros((BK,), tl.float32)
-    left_total = tl.zeros((BK,), tl.float32)
+    right_total = tl.zeros((BV, BK), tl.float32)
+    left_total = tl.zeros((C, BK), tl.float32)
+    weakest_right = tl.zeros((BV, BK), tl.float32)
+    weakest_left = tl.zeros((C, BK), tl.float32)
+    right_weights = after(C, not INCLUSIVE)
+    left_weights = before(C, not INCLUSIVE)
     for start in range(0, n, C):
         x = load_tile(p_x, x_stride, n - start, K, C, BK, MASK_K).to(tl.float32)
         y = load_tile(p_y + v0, y_stride, n - start, V - v0, C, BV, MASK_V).to(OP)
         gr = load_tile(p_right, r_stride, n - start, K, C, BK, MASK_K)
         gl = load_tile(p_left, l_stride, n - start, K, C, BK, MASK_K)
-        to_right = sum_gates(gr, C, True)
-        to_left = sum_gates(gl, C, False)
-        if not INCLUSIVE:
-            to_right = before(to_right, gr)
-            to_left = before(to_left, gl)
-        chunk_right = total_gate(gr)
-        right *= tl.exp2(chunk_right)[None, :]
-        x_right = (x * tl.exp2(to_right)).to(OP)
+        half_right = half_gates(gr, C, BV)
+        right *= tl.exp2(2.0 * half_right)
+        x_right = (x * tl.exp2(sum_gates(right_weights, gr))).to(OP)
         right = tl.dot(tl.trans(y), x_right, right, input_precision=PRECISION)
-        x_left = (x * tl.exp2(to_left + left_total[None, :])).to(OP)
+        to_left = sum_gates(left_weights, gl) + left_total
+        x_left = (x * tl.exp2(to_left)).to(OP)
         left = tl.dot(tl.trans(y), x_left, left, input_precision=PRECISION)
-        right_total += chunk_right
-        left_total += total_gate(gl)
+        right_total += 2.0 * half_right
+        weakest_right = tl.minimum(weakest_right, half_right)
+        half_left = half_gates(gl, C, C)
+        left_total += 2.0 * half_left
+        weakest_left = tl.minimum(weakest_left, half_left)
         p_x += C * x_stride
         p_y += C * y_stride
         p_right += C * r_stride
         p_left += C * l_stride
-    return right, left, right_total, left_total
+    weakest = tl.minimum(tl.min(weakest_right), tl.min(weakest_left))
+    return right, left, right_total, left_total, weakest
 
 
 @triton.jit
 def store_states(
-    p_states, p_decays, right, left, right_total, left_total, flow, slot, first_flow, v0,
+    p_states, p_decays, p_weakest, right, left, right_total, left_total, weakest, flow, slot,
+    first_flow, v0,
     K, V, BK: tl.constexpr, BV: tl.constexpr, DECAYS: tl.constexpr,
 ):  # fmt: skip
     """Writes what `reduce_segment` returned as flows `first_flow` (right) and the next (left)."""
@@ -143,10 +184,14 @@ def store_states(
     store_state(p_states, right, K, V, v0, BK, BV)
     store_state(p_states + flow * K * V, left, K, V, v0, BK, BV)
     if DECAYS:
-        cols = tl.arange(0, BK)
-        mask = (cols < K) & (v0 == 0)
-        tl.store(p_decays + slot * K + cols, right_total, mask=mask)
-        tl.store(p_decays + (flow + slot) * K + cols, left_total, mask=mask)
+        cols = tl.arange(0, BK)[None, :]
+        rows = tl.arange(0, right_total.shape[0])[:, None]
+        mask = (rows == 0) & (cols < K) & (v0 == 0)
+        tl.store(p_decays + slot * K + cols + 0 * rows, right_total, mask=mask)
+        rows = tl.arange(0, left_total.shape[0])[:, None]
+        mask = (rows == 0) & (cols < K) & (v0 == 0)
+        tl.store(p_decays + (flow + slot) * K + cols + 0 * rows, left_total, mask=mask)
+        tl.store(p_weakest + slot, weakest, mask=v0 == 0)
 
 
 @triton.jit(do_not_specialize=['n_segments', 'heads'])
@@ -168,7 +213,7 @@ def scan_states_kernel(
     p_states += (flow * heads + head) * n_segments * K * V
     p_decays += (direction * heads + head) * n_segments * K
     state = tl.zeros((BLOCK,), tl.float32)
-    for step in range(n_segments):
+    for step in tl.range(n_segments, num_stages=8):
         segment = tl.where(leftward == 1, n_segments - 1 - step, step).to(tl.int64)
         p = p_states + segment * K * V + e
         added = tl.load(p, mask=mask, other=0.0)
