@@ -6,6 +6,8 @@ from torch import Tensor
 
 from mmvig.mmcv_ext.numeric import store, wide
 
+_OUTSIDE = 6e4  # pixels; the largest round number that float16 holds
+
 
 def deform_conv_forward(
     input: Tensor,
@@ -142,6 +144,7 @@ def modulated_deform_conv_forward(
         with_bias: Whether to add `bias`.
     """
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
+    offset, mask = (_leading(t, output.shape[2:]) for t in (offset, mask))
     store(output, _forward(input, weight, offset, mask, bias if with_bias else None, geometry))
 
 
@@ -173,14 +176,37 @@ def modulated_deform_conv_backward(
 ) -> None:
     """Writes the five gradients; arguments as in the forward, `grad_bias` only with `with_bias`."""
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
-    targets = [grad_input, grad_weight, grad_offset, grad_mask]
-    if with_bias:
-        targets.append(grad_bias)
+    offset, mask = (_leading(t, grad_output.shape[2:]) for t in (offset, mask))
     grads = _backward(
         grad_output, input, weight, offset, mask, bias if with_bias else None, geometry
     )
-    for target, grad in zip(targets, grads, strict=False):
-        store(target, grad)
+    store(grad_input, grads[0])
+    store(grad_weight, grads[1])
+    # All of them but where only their leading values were read: mmcv hands over zeros.
+    _leading(grad_offset, offset.shape[2:]).copy_(grads[2])
+    _leading(grad_mask, mask.shape[2:]).copy_(grads[3])
+    if with_bias:
+        store(grad_bias, grads[4])
+
+
+def _leading(taps: Tensor, size: torch.Size) -> Tensor:
+    """Offsets or mask (B, K, H, W) as mmcv's modulated kernel reads them: (B, K, *size).
+
+    That kernel does not look at H and W. It reads each image's values one after another as if they
+    had the output's size, and mmdet's DyHead, whose weights were trained so, gives it larger ones.
+
+    Raises:
+        ValueError: Where there are fewer values than the output needs.
+    """
+    if taps.shape[2:] == size:
+        return taps
+    channels, needed = taps.shape[1], size.numel()
+    if taps.shape[2:].numel() < needed:
+        raise ValueError(
+            f'offset and mask must be at least as large as the output, {tuple(size)}, '
+            f'got {tuple(taps.shape[2:])}'
+        )
+    return taps.view(len(taps), -1)[:, : channels * needed].view(len(taps), channels, *size)
 
 
 def _forward(
@@ -216,6 +242,9 @@ def _arguments(
     input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, ...]:
     """The tensors as torchvision's operator takes them: a mask it may ignore, always a bias."""
+    # A sample at NaN is one outside the image in mmcv, and an access outside of memory in
+    # torchvision: a diverged model must not take its process down.
+    offset = offset.nan_to_num(nan=_OUTSIDE, posinf=_OUTSIDE, neginf=-_OUTSIDE)
     if mask is None:
         mask = input.new_zeros(len(input), 1)
     if bias is None:

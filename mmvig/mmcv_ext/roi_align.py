@@ -30,7 +30,8 @@ def roi_align_forward(
 
     Args:
         input: (B, C, H, W).
-        rois: (R, 5), map index, x1, y1, x2, y2 in image pixels.
+        rois: (R, 5), map index, x1, y1, x2, y2 in image pixels; entries that are not finite count
+            as 0, as torchvision's kernels would read outside of memory for them.
         output: (R, C, aligned_height, aligned_width), written.
         argmax_y, argmax_x: Like output, written with the best point of each bin in max pooling,
             -1 where a bin has none; empty in average pooling.
@@ -40,7 +41,7 @@ def roi_align_forward(
         pool_mode: 0 for max, 1 for average.
         aligned: Whether to shift by half a pixel, so that pixel centres lie at half-integers.
     """
-    maps, regions = wide(input, rois)
+    maps, regions = wide(input, rois.nan_to_num(0, 0, 0))
     if pool_mode != _AVERAGE:
         argmax = (argmax_y, argmax_x)
         _max_forward(maps, regions, output, argmax, spatial_scale, sampling_ratio, aligned)
@@ -66,7 +67,7 @@ def roi_align_backward(
     aligned: bool,
 ) -> None:
     """Writes the gradient of `input`; arguments as in the forward."""
-    grads, regions = wide(grad_output, rois)
+    grads, regions = wide(grad_output, rois.nan_to_num(0, 0, 0))
     bins = (aligned_height, aligned_width)
     if pool_mode != _AVERAGE:
         _max_backward(grads, regions, (argmax_y, argmax_x), grad_input)

@@ -62,6 +62,43 @@ def test_modulated_deform_conv(
     check(op, formula, inputs, dtype, device)
 
 
+def test_larger_offsets_are_read_from_their_start(device: str) -> None:
+    """As mmcv's kernel reads them; mmdet's DyHead was trained on it."""
+    image, offset, mask, weight, _ = _inputs(GEOMETRIES[0])
+    size = offset.shape[2:]
+    large = [torch.cat([t, t + 0.125], 3) for t in (offset, mask)]  # twice as wide
+
+    def op(*tensors: torch.Tensor) -> torch.Tensor:
+        return modulated_deform_conv2d(*tensors, None, 1, 1)
+
+    def formula(
+        image: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        values = [t.flatten(1)[:, : t.shape[1] * size.numel()] for t in (offset, mask)]
+        offset, mask = (t.unflatten(1, (-1, *size)) for t in values)
+        return reference.deform_conv(image, offset, weight, mask, padding=1)
+
+    check(op, formula, [image, *large, weight], torch.float32, device)
+    with pytest.raises(
+        ValueError, match=r'at least as large as the output, \(4, 6\), got \(4, 5\)'
+    ):
+        op(image.to(device), *(t[..., :5].to(device) for t in (offset, mask)), weight.to(device))
+
+
+@pytest.mark.parametrize('bad', [torch.nan, torch.inf, -torch.inf])
+def test_offsets_that_are_no_numbers_lie_outside(bad: float, device: str) -> None:
+    image, offset, _, weight, _ = (t.to(device) for t in _inputs(GEOMETRIES[0]))
+    results = []
+    for value in (bad, 1e4):
+        moved = offset.clone()
+        moved[:, ::3] = value
+        leaves = [t.detach().requires_grad_() for t in (image, moved, weight)]
+        out = deform_conv2d(*leaves, 1, 1)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_weight_gradient_alone_and_repeated() -> None:
     """The weight's gradient also comes without the input's, and not twice from one scratch."""
     image, offset, _, weight, _ = _inputs(GEOMETRIES[0])

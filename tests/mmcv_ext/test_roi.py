@@ -51,6 +51,16 @@ def test_roi_align_max_half(dtype: torch.dtype, device: str) -> None:
     assert (got.cpu().double() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
 
 
+@pytest.mark.parametrize('mode', ['avg', 'max'])
+def test_roi_align_of_a_diverged_model(mode: str, device: str) -> None:
+    bad = torch.tensor([[0, torch.nan, 1.0, 6.0, 6.0], [0, 1.0, 1.0, torch.inf, -torch.inf]])
+    zeroed = torch.tensor([[0, 0.0, 1.0, 6.0, 6.0], [0, 1.0, 1.0, 0.0, 0.0]])
+    maps = _maps().to(device).requires_grad_()
+    outs = [roi_align(maps, rois.to(device), 2, 1.0, 0, mode, False) for rois in (bad, zeroed)]
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*(torch.autograd.grad(out.sum(), maps)[0] for out in outs))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize('aligned', [True, False])
 def test_roi_align_deterministic(aligned: bool) -> None:
