@@ -1,13 +1,16 @@
-"""Checkpoints: where the weights are found, what must fit, and what a misfit is told."""
+"""Weights into backbones: what must fit, what is left out, and what a misfit is told."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 
-from mmvig.checkpoint import find_state_dict, fit_state_dict, load_pretrained
-from mmvig.models import ViG
+from mmvig.checkpoint import fit_state_dict, guess_arch, load_pretrained
+from mmvig.models import ViG, ViGH
+from tests import parity
 from tests.models.test_vig import SMALL, small_vig
+from tests.models.test_vig_h import small_vig_h
 from tests.models.test_vit_adapter import small_adapter
 
 
@@ -19,23 +22,6 @@ def save(content: object, folder: Path) -> str:
 
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.mark.parametrize(
-    'wrap',
-    [
-        lambda weights: weights,
-        lambda weights: {'model': weights},
-        lambda weights: {'model': {'a': torch.zeros(1)}, 'model_ema': weights, 'epoch': 3},
-        lambda weights: {'state_dict': {f'backbone.{k}': v for k, v in weights.items()}},
-        lambda weights: {'model': {f'module.{k}': v for k, v in weights.items()}},
-    ],
-    ids=['bare', 'model', 'model_ema first', 'detector', 'DistributedDataParallel'],
-)
-def test_where_weights_are_found(wrap, tmp_path: Path) -> None:
-    source, target = small_vig(), small_vig()
-    load_pretrained(target, save(wrap(source.state_dict()), tmp_path))
-    assert same(source.state_dict(), target.state_dict())
 
 
 def test_own_prefix(tmp_path: Path) -> None:
@@ -67,7 +53,7 @@ def test_classifier_into_an_adapter_keeps_the_adapter(tmp_path: Path) -> None:
 
 def test_fitting_is_pure() -> None:
     state = {'a': torch.zeros(2), 'head.weight': torch.zeros(3)}
-    assert list(fit_state_dict(state, {'a': (2,)})) == ['a']
+    assert fit_state_dict(state, {'a': (2,)})[1:] == ([], ['head.weight'])
     assert list(state) == ['a', 'head.weight']
 
 
@@ -86,13 +72,17 @@ def half_an_adapter() -> dict:
 @pytest.mark.parametrize(
     ('model', 'state', 'message'),
     [
-        (small_vig, other_depth, r'does not fit ViG of 32 dims: unexpected: blocks\.3\.attn_norm'),
+        (
+            small_vig,
+            other_depth,
+            r'does not fit ViG of 32 dims and 3 blocks: unexpected: blocks\.3\.attn_norm',
+        ),
         (small_vig, other_width, r'wrong shape: pos_embed is \(1, 196, 48\), not \(1, 196, 32\)'),
         (small_vig, lambda: {'head.bias': torch.zeros(2)}, 'missing: pos_embed, .* and 4. more'),
         (
             small_adapter,
             half_an_adapter,
-            r'ViG of 48 dims in ViTAdapter: missing: spm\.fc1\.weight',
+            r'ViG of 48 dims and 4 blocks in ViTAdapter: missing: spm\.fc1\.weight',
         ),
     ],
 )
@@ -105,42 +95,80 @@ def test_misfits(model, state, message: str, tmp_path: Path) -> None:
     assert same(before, target.state_dict())
 
 
-def test_truncated_file(tmp_path: Path) -> None:
-    file = save(small_vig().state_dict(), tmp_path)
-    Path(file).write_bytes(Path(file).read_bytes()[:5000])
-    with pytest.raises(ValueError, match='cannot be read as a checkpoint') as error:
-        load_pretrained(small_vig(), file)
-    assert '\n' not in str(error.value)
-
-
-def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match='no checkpoint at .*none.pth'):
-        load_pretrained(small_vig(), str(tmp_path / 'none.pth'))
-
-
-class Bomb:
-    """Would create a file when unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
-
-
-def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
-    file = save({'model': small_vig().state_dict(), 'config': Bomb(tmp_path / 'boom')}, tmp_path)
-    with pytest.raises(ValueError, match='cannot be read as a checkpoint'):
-        load_pretrained(small_vig(), file)
-    assert not (tmp_path / 'boom').exists()
-
-
-def test_no_weights_in_it() -> None:
-    with pytest.raises(ValueError, match='w.pth holds no state dict'):
-        find_state_dict({'epoch': 3}, 'w.pth')
-
-
 def test_unknown_init_cfg_key() -> None:
     model = small_vig(init_cfg=dict(type='Pretrained', checkpoint='w.pth', strict=False))
     with pytest.raises(ValueError, match=r"unknown keys \['strict'\]"):
         model.init_weights()
+
+
+@parity.needs_parity
+@pytest.mark.parametrize('family', ['vig', 'vig_h'])
+@pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
+def test_official_names_fit_strictly_and_tell_their_arch(family: str, arch: str) -> None:
+    with torch.device('meta'):
+        official = {k: torch.empty(s) for k, s in parity.keys(f'{family}_{arch}').items()}
+        own = (ViG if family == 'vig' else ViGH)(arch).state_dict()
+    fitted = fit_state_dict(official, {k: tuple(v.shape) for k, v in own.items()})
+    assert {k for k in own if k not in fitted.tensors} == {
+        k for k in own if k.startswith('outnorm')
+    }
+    assert all(k.startswith(('head.', 'classifier.')) for k in fitted.left_out)
+    assert not fitted.resized
+    type_ = 'ViG' if family == 'vig' else 'ViGH'
+    assert str(guess_arch({k: tuple(v.shape) for k, v in official.items()})) == f'{type_} {arch}'
+
+
+@parity.needs_parity
+@pytest.mark.parametrize(
+    ('of', 'into', 'message'),
+    [
+        ('vig_small', ViG, 'not fit ViG tiny: wrong shape: pos_embed .* looks like ViG small$'),
+        ('vig_h_tiny', ViG, 'not fit ViG tiny: missing: .* it looks like ViGH tiny$'),
+        ('vig_base', ViGH, 'not fit ViGH tiny: missing: .* it looks like ViG base$'),
+        ('vig_h_small', ViGH, 'unexpected: layers.2.blocks.5.norm.weight.* like ViGH small$'),
+        ('vig_tiny_adapter', ViG, 'unexpected: level_embed.* like ViG tiny in ViTAdapter$'),
+    ],
+)
+def test_official_file_of_another_arch(of: str, into: type, message: str, tmp_path: Path) -> None:
+    state = {k: torch.zeros(s) for k, s in parity.keys(of).items()}
+    with pytest.raises(ValueError, match=message) as error:
+        load_pretrained(into('tiny'), save(state, tmp_path))
+    assert '\n' not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+def test_the_log_states_what_became_of_the_tensors(tmp_path: Path, monkeypatch) -> None:
+    lines = []
+    monkeypatch.setattr(MMLogger, 'info', lambda self, line: lines.append(line))
+    model = ViG(arch=dict(SMALL, embed_dims=48, num_heads=3, depth=4), pretrain_size=64)
+    state = model.state_dict() | {'head.weight': torch.zeros(2, 48), 'head.bias': torch.zeros(2)}
+    load_pretrained(small_adapter(), save(state, tmp_path))
+    (line,) = lines
+    assert 'into ViG of 48 dims and 4 blocks in ViTAdapter, 1 of them resized' in line
+    assert 'left out 3 (norm.weight, head.weight, head.bias)' in line
+    assert f'loaded {len(model.state_dict()) - 1} tensors' in line
+    adapter = [k for k in small_adapter().state_dict() if not k.startswith('trunk.')]
+    assert f'{len(adapter)} stay as initialised' in line
+
+
+def test_out_norms_of_vig_h_are_ours_alone(tmp_path: Path) -> None:
+    source, target = small_vig_h(), small_vig_h(out_indices=(1, 2, 3))
+    torch.nn.init.normal_(source.outnorm2.weight)
+    load_pretrained(target, save(source.state_dict(), tmp_path))
+    assert torch.equal(target.outnorm2.weight, source.outnorm2.weight)
+    with pytest.raises(ValueError, match=r'missing: outnorm0\.weight, outnorm0\.bias; it looks'):
+        load_pretrained(source, save(target.state_dict(), tmp_path))
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
+    state = small_vig().state_dict()
+    state['blocks.1.attn.o_proj.weight'][3, 4] = float('nan')
+    with pytest.raises(ValueError, match=r'holds NaN or infinity: blocks\.1\.attn\.o_proj\.weight'):
+        load_pretrained(small_vig(), save(state, tmp_path))
+
+
+def test_state_dicts_of_other_networks_are_none_of_ours(tmp_path: Path) -> None:
+    state = torch.nn.Linear(2, 3).state_dict()
+    assert guess_arch({k: tuple(v.shape) for k, v in state.items()}) is None
+    with pytest.raises(ValueError, match='unexpected: .* looks like none of the networks here'):
+        load_pretrained(small_vig(), save(state, tmp_path))

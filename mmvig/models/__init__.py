@@ -1,5 +1,5 @@
 """Networks: `layers` on the kernels, `backbones` on the layers."""
 
-from mmvig.models.backbones import TimmViT, ViG, ViTAdapter
+from mmvig.models.backbones import TimmViT, ViG, ViGH, ViTAdapter
 
-__all__ = ['TimmViT', 'ViG', 'ViTAdapter']
+__all__ = ['TimmViT', 'ViG', 'ViGH', 'ViTAdapter']

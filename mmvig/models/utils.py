@@ -15,3 +15,29 @@ def parse_arch(arch: str | dict, zoo: dict[str, dict]) -> dict:
     if set(arch) != keys:
         raise ValueError(f'arch needs exactly the keys {sorted(keys)}, got {sorted(arch)}')
     return dict(arch)
+
+
+def ascending_indices(indices: tuple[int, ...], count: int, what: str) -> tuple[int, ...]:
+    """Indices of `count` things, counted from the first; negative ones count from the last.
+
+    Args:
+        indices: The indices.
+        count: Number of things.
+        what: Their name, for the messages.
+
+    Raises:
+        ValueError: If there are none, one is out of range, or they do not ascend.
+    """
+    if bad := [i for i in indices if not -count <= i < count]:
+        raise ValueError(f'out_indices {bad} out of range: the {count} {what} are 0 to {count - 1}')
+    counted = tuple(i % count for i in indices)
+    if not counted or list(counted) != sorted(set(counted)):
+        raise ValueError(
+            f'out_indices {tuple(indices)} must ascend, without repeats, and name at least one'
+        )
+    return counted
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Drop path of each of `depth` blocks, rising linearly from 0 to `last`."""
+    return [last * i / max(depth - 1, 1) for i in range(depth)]

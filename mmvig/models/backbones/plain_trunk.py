@@ -16,6 +16,7 @@ from mmvig.models.layers.embed import (
     to_map,
     to_tokens,
 )
+from mmvig.models.utils import ascending_indices
 
 
 class PlainTrunk(BaseModule):
@@ -65,7 +66,7 @@ class PlainTrunk(BaseModule):
         self.embed_dims = pos_embed.shape[-1]
         self.in_channels = in_channels
         self.patch_size = patch_size
-        self.out_indices = _ascending(out_indices, depth)
+        self.out_indices = ascending_indices(out_indices, depth, 'blocks')
         self.drop_path_rate = drop_path_rate
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
@@ -144,13 +145,3 @@ class PlainTrunk(BaseModule):
         for module in (self.patch_embed, *self.blocks[: self.frozen_stages]):
             module.eval()
             module.requires_grad_(False)
-
-
-def _ascending(indices: tuple[int, ...], depth: int) -> tuple[int, ...]:
-    """Block indices, checked, counted from the first."""
-    if bad := [i for i in indices if not -depth <= i < depth]:
-        raise ValueError(f'out_indices {bad} out of range: the {depth} blocks are 0 to {depth - 1}')
-    counted = tuple(i % depth for i in indices)
-    if list(counted) != sorted(set(counted)):
-        raise ValueError(f'out_indices {tuple(indices)} must ascend, without repeats')
-    return counted

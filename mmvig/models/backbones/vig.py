@@ -1,5 +1,8 @@
 """ViG, plain: gated linear attention at one resolution, stride 16 (arXiv 2405.18425)."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from mmengine.registry import MODELS
 from timm.layers import DropPath, trunc_normal_
@@ -9,14 +12,15 @@ from mmvig.models.backbones.plain_trunk import PlainTrunk
 from mmvig.models.layers.embed import ConvPatchEmbed
 from mmvig.models.layers.ffn import SwiGLU
 from mmvig.models.layers.mixer import BiGLAMixer
-from mmvig.models.utils import parse_arch
+from mmvig.models.utils import drop_path_rates, parse_arch
 
 PATCH_SIZE = 16
 EPS = 1e-6
+RMS_NORM = partial(nn.RMSNorm, eps=EPS)
 
 
 class ViGBlock(nn.Module):
-    """`x + mixer(rms_norm(x))`, then `x + swiglu(rms_norm(x))`, drop path on both branches.
+    """`x + mixer(norm(x))`, then `x + swiglu(norm(x))`, drop path on both branches.
 
     Args:
         embed_dims: C.
@@ -24,6 +28,7 @@ class ViGBlock(nn.Module):
         mlp_dims: Hidden channels of the SwiGLU.
         conv_act, out_act: See `BiGLAMixer`.
         drop_path: Probability that a sample skips a branch.
+        norm_layer: Makes the norm of C channels before each branch.
     """
 
     def __init__(
@@ -31,14 +36,15 @@ class ViGBlock(nn.Module):
         embed_dims: int,
         num_heads: int,
         mlp_dims: int,
-        conv_act: bool,
-        out_act: bool,
-        drop_path: float,
+        conv_act: bool = False,
+        out_act: bool = False,
+        drop_path: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = RMS_NORM,
     ) -> None:
         super().__init__()
-        self.attn_norm = nn.RMSNorm(embed_dims, eps=EPS)
+        self.attn_norm = norm_layer(embed_dims)
         self.attn = BiGLAMixer(embed_dims, num_heads, conv_act, out_act)
-        self.mlp_norm = nn.RMSNorm(embed_dims, eps=EPS)
+        self.mlp_norm = norm_layer(embed_dims)
         self.mlp = SwiGLU(embed_dims, mlp_dims)
         self.drop_path = DropPath(drop_path)
 
@@ -97,12 +103,12 @@ class ViG(PlainTrunk):
     ) -> None:
         settings = parse_arch(arch, self.arch_zoo)
         dims, depth = settings['embed_dims'], settings.pop('depth')
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = drop_path_rates(drop_path_rate, depth)
         super().__init__(
             patch_embed=ConvPatchEmbed(in_channels, dims),
             pos_embed=nn.Parameter(torch.zeros(1, (pretrain_size // PATCH_SIZE) ** 2, dims)),
             blocks=nn.ModuleList(ViGBlock(**settings, drop_path=rate) for rate in rates),
-            norm=nn.RMSNorm(dims, eps=EPS) if final_norm else None,
+            norm=RMS_NORM(dims) if final_norm else None,
             in_channels=in_channels,
             patch_size=PATCH_SIZE,
             out_indices=out_indices,

@@ -1,0 +1,73 @@
+"""Puts the weights of a checkpoint file into a backbone."""
+
+from collections.abc import Mapping
+
+from mmengine.logging import MMLogger
+from torch import Tensor, nn
+
+from mmvig.checkpoint.arch import guess_arch
+from mmvig.checkpoint.fitting import first, fit_state_dict
+from mmvig.checkpoint.reading import find_state_dict, read_checkpoint
+
+INIT_CFG_KEYS = {'type', 'checkpoint', 'prefix'}
+
+
+def init_pretrained(backbone: nn.Module) -> bool:
+    """Loads the checkpoint that `backbone.init_cfg` names; says whether it names one.
+
+    Raises:
+        ValueError: If the file cannot be read or does not fit the backbone.
+        FileNotFoundError: If there is no such file.
+    """
+    cfg = backbone.init_cfg
+    if not isinstance(cfg, Mapping) or cfg.get('type') != 'Pretrained':
+        return False
+    if unknown := set(cfg) - INIT_CFG_KEYS:
+        raise ValueError(
+            f'init_cfg has unknown keys {sorted(unknown)}; it takes {sorted(INIT_CFG_KEYS)}'
+        )
+    load_pretrained(backbone, cfg['checkpoint'], prefix=cfg.get('prefix', ''))
+    backbone._is_init = True
+    return True
+
+
+def load_pretrained(backbone: nn.Module, filename: str, prefix: str = '') -> None:
+    """Loads a checkpoint file into a backbone, strictly.
+
+    Args:
+        backbone: `ViG`, `ViGH`, `TimmViT`, or `ViTAdapter` around a trunk.
+        filename: Path or URL. Bare state dict, or a training checkpoint that holds one.
+        prefix: Keep only the keys that start with it, and cut it off.
+
+    Raises:
+        ValueError: If the file cannot be read, does not fit, or holds NaN or infinity; names the
+            first offending keys, and the network that the file is of.
+        FileNotFoundError: If there is no such file.
+    """
+    state_dict = find_state_dict(read_checkpoint(filename), filename)
+    if prefix:
+        state_dict = {
+            k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)
+        }
+    own = backbone.state_dict()
+    name = guess_arch(_shapes(own)) or type(backbone).__name__
+    try:
+        fitted = fit_state_dict(state_dict, _shapes(own))
+    except ValueError as error:
+        found = guess_arch(_shapes(state_dict)) or 'none of the networks here'
+        raise ValueError(
+            f'{filename} does not fit {name}: {error}; it looks like {found}'
+        ) from None
+    if broken := [k for k, v in fitted.tensors.items() if not v.isfinite().all()]:
+        raise ValueError(f'{filename} holds NaN or infinity: {first(broken)}')
+    backbone.load_state_dict({**own, **fitted.tensors})
+    left_out = f' ({first(fitted.left_out)})' if fitted.left_out else ''
+    MMLogger.get_current_instance().info(
+        f'{filename}: loaded {len(fitted.tensors)} tensors into {name}, {len(fitted.resized)} of '
+        f'them resized; left out {len(fitted.left_out)}{left_out}; '
+        f'{len(own) - len(fitted.tensors)} stay as initialised'
+    )
+
+
+def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}

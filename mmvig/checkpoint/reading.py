@@ -1,0 +1,98 @@
+"""Reads checkpoint files, executing nothing that they hold, and finds the weights in them."""
+
+import tarfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from mmengine.fileio import get_local_path
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mmvig.checkpoint import inert
+
+# where a training checkpoint keeps its weights, the best first
+STATE_DICT_KEYS = ('model_ema', 'state_dict_ema', 'model', 'state_dict')
+# prefixes that wrappers add: DistributedDataParallel, detectors and segmentors
+WRAPPER_PREFIXES = ('module.', 'backbone.')
+ARCHIVE_START = b'PK\x03\x04'
+PICKLE_START = b'\x80'
+TORCHSCRIPT_RECORD = 'constants.pkl'
+
+
+def read_checkpoint(filename: str) -> Mapping:
+    """Reads a checkpoint (`torch.save`, new or old format, or safetensors) from a path or URL.
+
+    Nothing that the file holds is imported or called; other objects than tensors and plain
+    containers come back as `mmvig.checkpoint.inert.Inert`.
+
+    Raises:
+        ValueError: If the file is truncated, damaged, or no checkpoint.
+        FileNotFoundError: If there is no such file.
+    """
+    try:
+        with get_local_path(filename) as path:
+            return _read(Path(path))
+    except FileNotFoundError:
+        raise FileNotFoundError(f'no checkpoint at {filename}') from None
+    except Exception as error:
+        reason = ' '.join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f'{filename} cannot be read as a checkpoint, it may be truncated or damaged: get it '
+            f'again, or save its state dict alone ({reason})'
+        ) from None
+
+
+def find_state_dict(checkpoint: Mapping, filename: str = 'checkpoint') -> dict[str, Tensor]:
+    """The state dict of a checkpoint, without the prefixes of wrappers around the backbone.
+
+    Raises:
+        ValueError: If it holds none.
+    """
+    tensors = _tensors(checkpoint.get(weights_key(checkpoint), checkpoint))
+    if not tensors:
+        raise ValueError(f'{filename} holds no state dict, bare or under {STATE_DICT_KEYS}')
+    for prefix in WRAPPER_PREFIXES:
+        inner = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        tensors = inner or tensors
+    return tensors
+
+
+def weights_key(checkpoint: Mapping) -> str | None:
+    """Key under which a checkpoint keeps its best weights; None where it is a bare state dict."""
+    return next((key for key in STATE_DICT_KEYS if _tensors(checkpoint.get(key))), None)
+
+
+def _tensors(content: object) -> dict[str, Tensor]:
+    if not isinstance(content, Mapping):
+        return {}
+    return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+
+
+def _read(path: Path) -> Mapping:
+    with path.open('rb') as file:
+        start = file.read(16)
+    if zipfile.is_zipfile(path):
+        _check_archive(path)
+    elif path.suffix == '.safetensors' or start[8:9] == b'{':  # after the length of the header
+        return load_file(path)
+    elif start.startswith(ARCHIVE_START):
+        raise ValueError('its end is missing')
+    elif not start.startswith(PICKLE_START) or tarfile.is_tarfile(path):
+        raise ValueError(f'neither a file of torch.save nor safetensors: it starts with {start}')
+    with path.open('rb') as file:  # a file, as torch would judge a path by its suffix
+        content = torch.load(file, map_location='cpu', weights_only=False, pickle_module=inert)
+    if not isinstance(content, Mapping):
+        raise ValueError('it holds no dict')
+    return content
+
+
+def _check_archive(path: Path) -> None:
+    """Refuses what torch would hand to its compiler, and records whose bytes have changed."""
+    with zipfile.ZipFile(path) as archive:
+        if any(Path(name).name == TORCHSCRIPT_RECORD for name in archive.namelist()):
+            raise ValueError('it is a TorchScript program')
+        # torch is built without this check
+        if damaged := archive.testzip():
+            raise ValueError(f'the checksum of its record {damaged} is wrong')
