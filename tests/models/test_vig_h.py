@@ -1,13 +1,20 @@
 """ViG-H: official numbers, any size, frozen stages, recomputation, errors."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
+from torch import nn
 
 from mmvig.models import ViGH
 from tests import parity
 
+CONFIGS = Path(__file__).parents[2] / 'configs'
+ARCHS = dict(t='tiny', s='small', b='base')
 SMALL = dict(
     embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4), mlp_dims=(8,) * 4
 )
@@ -189,3 +196,51 @@ def test_wrong_settings(settings: dict, message: str) -> None:
 def test_wrong_images(shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small_vig_h()(torch.randn(shape))
+
+
+def config(name: str) -> Config:
+    return Config.fromfile(CONFIGS / f'{name}.py')
+
+
+def peer(package: str, name: str) -> Config:
+    """A Swin config that ships with mmdet or mmseg."""
+    folder = Path(pytest.importorskip(package).__file__).parent
+    return Config.fromfile(folder / '.mim' / 'configs' / 'swin' / f'{name}.py')
+
+
+@pytest.mark.parametrize(('arch', 'drop_path'), [('t', 0.2), ('s', 0.2), ('b', 0.3)])
+def test_detection_recipe_is_swin_s(arch: str, drop_path: float) -> None:
+    ours = config(f'detection/vig_h_{arch}_maskrcnn')
+    swin = peer('mmdet', 'mask-rcnn_swin-t-p4-w7_fpn_1x_coco')
+    assert ours.model.backbone.drop_path_rate == drop_path
+    assert ours.optim_wrapper.optimizer == swin.optim_wrapper.optimizer
+    assert ours.optim_wrapper.paramwise_cfg.custom_keys == {'norm': dict(decay_mult=0.0)}
+    assert ours.param_scheduler == swin.param_scheduler
+    assert ours.train_cfg.max_epochs == swin.train_cfg.max_epochs
+    assert ours.model.neck.in_channels == list(ViGH.arch_zoo[ARCHS[arch]]['embed_dims'])
+
+
+@pytest.mark.parametrize('arch', ['t', 's', 'b'])
+def test_segmentation_recipe_is_swin_s(arch: str) -> None:
+    ours = config(f'segmentation/vig_h_{arch}_upernet')
+    swin = peer('mmseg', 'swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512')
+    assert ours.model.backbone.drop_path_rate == swin.model.backbone.drop_path_rate
+    assert ours.optim_wrapper.optimizer == swin.optim_wrapper.optimizer
+    assert ours.optim_wrapper.paramwise_cfg.custom_keys == {'norm': dict(decay_mult=0.0)}
+    assert [dict(s) for s in ours.param_scheduler] == [dict(s) for s in swin.param_scheduler]
+    assert ours.train_cfg.max_iters == swin.train_cfg.max_iters
+    assert ours.model.test_cfg == swin.model.test_cfg
+    dims = list(ViGH.arch_zoo[ARCHS[arch]]['embed_dims'])
+    assert ours.model.decode_head.in_channels == dims
+    assert ours.model.auxiliary_head.in_channels == dims[2]
+
+
+def test_norms_have_no_weight_decay() -> None:
+    optim = config('detection/vig_h_t_maskrcnn').optim_wrapper
+    model = nn.Sequential(small_vig_h())
+    groups = build_optim_wrapper(model, optim).optimizer.param_groups
+    decays = {id(p): g['weight_decay'] for g in groups for p in g['params']}
+    for name, module in model.named_modules():
+        for param in module.parameters(recurse=False):
+            is_norm = isinstance(module, nn.LayerNorm | nn.RMSNorm)
+            assert decays[id(param)] == (0 if is_norm else 0.05), name

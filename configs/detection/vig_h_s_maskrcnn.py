@@ -1,0 +1,3 @@
+_base_ = 'vig_h_t_maskrcnn.py'
+
+model = dict(backbone=dict(arch='small'))
