@@ -26,8 +26,9 @@ class PlainTrunk(BaseModule):
     `drop_path_rate` of a trunk, and no more.
 
     Args:
+        embed_dims: C.
         patch_embed: (B, in_channels, H, W) to (B, C, H / patch_size, W / patch_size).
-        pos_embed: (1, M * M, C), learned on a square grid.
+        pos_embed: (1, M * M, C), learned on a square grid, or None.
         blocks: The blocks; `run_block` says how one is called.
         norm: Final norm on tokens, or None.
         in_channels: Channels of the image.
@@ -45,8 +46,9 @@ class PlainTrunk(BaseModule):
 
     def __init__(
         self,
+        embed_dims: int,
         patch_embed: nn.Module,
-        pos_embed: nn.Parameter,
+        pos_embed: nn.Parameter | None,
         blocks: nn.ModuleList,
         norm: nn.Module | None,
         in_channels: int,
@@ -63,7 +65,7 @@ class PlainTrunk(BaseModule):
             raise ValueError(
                 f'frozen_stages ({frozen_stages}) must be from -1 to {depth}, the depth'
             )
-        self.embed_dims = pos_embed.shape[-1]
+        self.embed_dims = embed_dims
         self.in_channels = in_channels
         self.patch_size = patch_size
         self.out_indices = ascending_indices(out_indices, depth, 'blocks')
@@ -99,7 +101,8 @@ class PlainTrunk(BaseModule):
         check_image(x, self.in_channels, self.patch_size)
         x = self.patch_embed(pad_to_multiple(x, self.patch_size))
         hw = (x.shape[2], x.shape[3])
-        return to_tokens(x) + self._resize_pos_embed(self.pos_embed, hw), hw
+        x = to_tokens(x)
+        return x if self.pos_embed is None else x + self._resize_pos_embed(self.pos_embed, hw), hw
 
     def forward_blocks(self, x: Tensor, hw: tuple[int, int], start: int, stop: int) -> Tensor:
         """Runs blocks start … stop - 1 on tokens (B, N, C) of an h x w map."""
@@ -141,7 +144,8 @@ class PlainTrunk(BaseModule):
     def _freeze(self) -> None:
         if self.frozen_stages < 0:
             return
-        self.pos_embed.requires_grad_(False)
+        if self.pos_embed is not None:
+            self.pos_embed.requires_grad_(False)
         for module in (self.patch_embed, *self.blocks[: self.frozen_stages]):
             module.eval()
             module.requires_grad_(False)

@@ -12,6 +12,7 @@ from mmvig.models.backbones.plain_trunk import PlainTrunk
 from mmvig.models.layers.embed import ConvPatchEmbed
 from mmvig.models.layers.ffn import SwiGLU
 from mmvig.models.layers.mixer import BiGLAMixer
+from mmvig.models.layers.mixer_roadmap import RoadmapMixer
 from mmvig.models.utils import drop_path_rates, parse_arch
 
 PATCH_SIZE = 16
@@ -29,6 +30,7 @@ class ViGBlock(nn.Module):
         conv_act, out_act: See `BiGLAMixer`.
         drop_path: Probability that a sample skips a branch.
         norm_layer: Makes the norm of C channels before each branch.
+        scan: None for ViG's mixer, or the `RoadmapMixer`'s.
     """
 
     def __init__(
@@ -40,10 +42,14 @@ class ViGBlock(nn.Module):
         out_act: bool = False,
         drop_path: float = 0.0,
         norm_layer: Callable[[int], nn.Module] = RMS_NORM,
+        scan: str | None = None,
     ) -> None:
         super().__init__()
         self.attn_norm = norm_layer(embed_dims)
-        self.attn = BiGLAMixer(embed_dims, num_heads, conv_act, out_act)
+        if scan is None:
+            self.attn = BiGLAMixer(embed_dims, num_heads, conv_act, out_act)
+        else:
+            self.attn = RoadmapMixer(embed_dims, num_heads, scan)
         self.mlp_norm = norm_layer(embed_dims)
         self.mlp = SwiGLU(embed_dims, mlp_dims)
         self.drop_path = DropPath(drop_path)
@@ -71,10 +77,14 @@ class ViG(PlainTrunk):
         frozen_stages: -1 trains everything; 0 freezes patch and position embedding; n also the
             first n blocks.
         with_cp: Recompute each block in the backward pass instead of keeping its activations.
+        scan: For the paper's ablations: a mixer without locality injection, see `RoadmapMixer`.
+        patch_embed: 'overlap', or for the ablations 'plain', one 16x16 conv without overlap.
+        with_pos_embed: Whether there is a position embedding; the ablations also leave it out.
         init_cfg: `dict(type='Pretrained', checkpoint=FILE)` for official or own weights.
 
     Raises:
-        ValueError: For an unknown arch, an index out of range, heads that do not divide dims.
+        ValueError: For an unknown arch, scan or patch embedding, an index out of range, heads that
+            do not divide dims.
     """
 
     arch_zoo = {
@@ -99,15 +109,20 @@ class ViG(PlainTrunk):
         drop_path_rate: float = 0.0,
         frozen_stages: int = -1,
         with_cp: bool = False,
+        scan: str | None = None,
+        patch_embed: str = 'overlap',
+        with_pos_embed: bool = True,
         init_cfg: dict | None = None,
     ) -> None:
         settings = parse_arch(arch, self.arch_zoo)
         dims, depth = settings['embed_dims'], settings.pop('depth')
         rates = drop_path_rates(drop_path_rate, depth)
+        num_positions = (pretrain_size // PATCH_SIZE) ** 2
         super().__init__(
-            patch_embed=ConvPatchEmbed(in_channels, dims),
-            pos_embed=nn.Parameter(torch.zeros(1, (pretrain_size // PATCH_SIZE) ** 2, dims)),
-            blocks=nn.ModuleList(ViGBlock(**settings, drop_path=rate) for rate in rates),
+            embed_dims=dims,
+            patch_embed=_patch_embed(patch_embed, in_channels, dims),
+            pos_embed=nn.Parameter(torch.zeros(1, num_positions, dims)) if with_pos_embed else None,
+            blocks=nn.ModuleList(ViGBlock(**settings, drop_path=rate, scan=scan) for rate in rates),
             norm=RMS_NORM(dims) if final_norm else None,
             in_channels=in_channels,
             patch_size=PATCH_SIZE,
@@ -120,9 +135,18 @@ class ViG(PlainTrunk):
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        trunc_normal_(self.pos_embed, std=0.02)
+        if self.pos_embed is not None:
+            trunc_normal_(self.pos_embed, std=0.02)
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+
+def _patch_embed(kind: str, in_channels: int, embed_dims: int) -> nn.Module:
+    if kind == 'overlap':
+        return ConvPatchEmbed(in_channels, embed_dims)
+    if kind == 'plain':
+        return nn.Conv2d(in_channels, embed_dims, PATCH_SIZE, stride=PATCH_SIZE)
+    raise ValueError(f"patch_embed must be 'overlap' or 'plain', got {kind!r}")

@@ -69,6 +69,7 @@ class TimmViT(PlainTrunk):
         self.window_size = window_size
         self.global_every = global_every
         super().__init__(
+            embed_dims=vit.embed_dim,
             patch_embed=nn.Sequential(OrderedDict(proj=vit.patch_embed.proj)),
             pos_embed=vit.pos_embed,
             blocks=nn.ModuleList(vit.blocks),
