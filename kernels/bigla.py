@@ -4,6 +4,8 @@
 else takes `bigla_chunked`, the same function in plain PyTorch.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -92,7 +94,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: flo
     # Imported here since PyTorch builds for the CPU come without Triton.
     from mmvig.kernels.bigla_trust import trusted
 
-    if not trusted(q.device, q.dtype, gf.dtype, q.shape[-1], v.shape[-1]):
+    if not trusted(q.device, q.dtype, gf.dtype, q.shape[-1], v.shape[-1], False):
         return bigla_chunked.bidirectional_gla(q, k, v, gf, gb, scale)
     from mmvig.kernels.bigla_fwd import forward
 
@@ -108,10 +110,10 @@ def _(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float) -> 
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from mmvig.kernels.bigla_trust import in_fresh_thread, trusted
+    from mmvig.kernels.bigla_trust import trusted
 
-    if not trusted(q.device, q.dtype, gf.dtype, q.shape[-1], v.shape[-1]):
-        return in_fresh_thread(chunked_backward, q, k, v, gf, gb, do, scale)
+    if not trusted(q.device, q.dtype, gf.dtype, q.shape[-1], v.shape[-1], True):
+        return chunked_backward(q, k, v, gf, gb, do, scale)
     from mmvig.kernels.bigla_bwd import backward
 
     return backward(*(_unit_stride(x) for x in (q, k, v, gf, gb, do)), scale)
@@ -120,12 +122,13 @@ def _backward(
 def chunked_backward(
     q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The five gradients by autograd through the PyTorch path, contiguous."""
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v, gf, gb)]
-        out = bigla_chunked.bidirectional_gla(*leaves, scale)
-        grads = torch.autograd.grad(out, leaves, do)
-    return tuple(g.contiguous() for g in grads)
+    """The five gradients of the PyTorch path, contiguous.
+
+    By `torch.func`, since inside an operator PyTorch has autograd switched off.
+    """
+    function = partial(bigla_chunked.bidirectional_gla, scale=scale)
+    _, pull_back = torch.func.vjp(function, q, k, v, gf, gb)
+    return tuple(g.contiguous() for g in pull_back(do))
 
 
 @_backward.register_fake

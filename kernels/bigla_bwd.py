@@ -22,6 +22,7 @@ from mmvig.kernels.bigla_tiles import (
     load_state,
     load_tile,
     reduce_segment,
+    scan_gates,
     store_state,
     store_states,
     store_tile,
@@ -115,10 +116,10 @@ def exact_chunk(
     States are those that enter the chunk, pointers those of the chunk. Returns dc and dd, float32
     (C, BK), and S_f and dS_b as they leave the chunk.
     """
-    to_f = tl.exp2(sum_gates(before(C, False), gf))
-    to_b = tl.exp2(sum_gates(after(C, False), gb))
-    from_f = tl.exp2(sum_gates(after(C, True), gf))
-    from_b = tl.exp2(sum_gates(before(C, True), gb))
+    to_f = tl.exp2(scan_gates(gf, False, False))
+    to_b = tl.exp2(scan_gates(gb, True, False))
+    from_f = tl.exp2(scan_gates(gf, True, True))
+    from_b = tl.exp2(scan_gates(gb, False, True))
     a = tl.zeros((C, C), tl.float32)
     da = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     a, dq_f, dk_f = exact_grads(a, da, q, p_k, p_gf, k_n, gf_n, n, K, C, BK, False)
@@ -259,6 +260,9 @@ def grad_kernel(
     # A zero unknown to the compiler, which otherwise rounds masked tiles element by element.
     zero = tl.minimum(N, 0).to(tl.float32)
     if factors:
+        # Loaded a chunk ahead, not by the pipeliner: its buffers would take the room of a program.
+        s_b_in = load_state(p_stack, K, V, v0, BK, BV)
+        ds_f_in = load_state(p_stack + stack, K, V, v0, BK, BV)
         for i_c in range(first, last + 1):
             t = (wide + i_c) * C
             n = N - i_c * C
@@ -268,30 +272,25 @@ def grad_kernel(
             do = load_tile(p_do + t * do_n, do_n, n, V - v0, C, BV, mask_v).to(OP)
             gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
             gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
-            p_here = p_stack + (wide + i_c - first) * K * V
-            s_b = load_state(p_here, K, V, v0, BK, BV).to(tl.float32)
-            ds_f = load_state(p_here + stack, K, V, v0, BK, BV).to(tl.float32)
             # States first: what they need is then out of the registers.
             e_f = tl.exp2(half_gates(gf, C, BV))
             s_f *= e_f
             s_f_op = s_f.to(OP)
-            ds_f_op = (ds_f * e_f).to(OP)
+            ds_f_op = (ds_f_in.to(tl.float32) * e_f).to(OP)
             c = sum_gates(from_middle_f, gf)
             q_f = (q * tl.exp2(c)).to(OP)
             k_f = (k * tl.exp2(-c)).to(OP)
             s_f = tl.dot(tl.trans(v), k_f, s_f, input_precision=PRECISION)
             s_f *= e_f
-            end_f = (s_f * ds_f).to(OP)
             e_b = tl.exp2(half_gates(gb, C, BV))
             ds_b *= e_b
             ds_b_op = ds_b.to(OP)
-            s_b_op = (s_b * e_b).to(OP)
+            s_b_op = (s_b_in.to(tl.float32) * e_b).to(OP)
             d = sum_gates(from_middle_b, gb)
             q_b_ = (q * tl.exp2(d)).to(OP)
             k_b_ = (k * tl.exp2(-d)).to(OP)
             ds_b = tl.dot(tl.trans(do), q_b_, ds_b, input_precision=PRECISION)
             ds_b *= e_b
-            end_b = (ds_b * s_b).to(OP)
             # Row j gives, column i receives.
             a = tl.dot(k_f, tl.trans(q_f), input_precision=PRECISION)
             a = tl.where(rows[:, None] <= rows[None, :], a, 0.0)
@@ -327,6 +326,11 @@ def grad_kernel(
             dk_b *= tl.exp2(-sum_again(from_middle_b, gb, -zero))
             dd -= k * dk_b
             store_tile(p_dk + t * H * K, (dk_f + dk_b) * scale, H * K, n, K, C, BK, mask_k)
+            end_f = (s_f * ds_f_in.to(tl.float32)).to(OP)
+            end_b = (ds_b * s_b_in.to(tl.float32)).to(OP)
+            p_next = p_stack + (wide + i_c + 1 - first) * K * V
+            s_b_in = load_state(p_next, K, V, v0, BK, BV, i_c < last)
+            ds_f_in = load_state(p_next + stack, K, V, v0, BK, BV, i_c < last)
             # Sums over i >= t of dc, over i > t of -dd, and the gradients at the chunk's right end.
             d_g = sum_tokens(from_middle_b, dc, parts) + sum_tokens(half, dc, parts)
             d_g = tl.dot(ones, end_f, d_g, input_precision=PRECISION) * scale
@@ -335,7 +339,7 @@ def grad_kernel(
             d_g = tl.dot(ones, end_b, d_g, input_precision=PRECISION) * scale
             store_tile(p_dgb + t * H * K, d_g, H * K, n, K, C, BK, mask_k)
     else:
-        for i_c in range(first, last + 1):
+        for i_c in tl.range(first, last + 1, num_stages=1):
             t = (wide + i_c) * C
             n = N - i_c * C
             q = load_tile(p_q + t * q_n, q_n, n, K, C, BK, mask_k).to(tl.float32)
@@ -369,7 +373,7 @@ def backward(
     """Launches the backward: gradients of q, k, v and both gates, each in its tensor's dtype."""
     b, n, h, dk = q.shape
     dv = v.shape[-1]
-    p = plan or make_plan(b, n, h, dk, dv, q.dtype, q.device)
+    p = plan or make_plan(q, v)
     n_chunks = triton.cdiv(n, p.chunk)
     n_segments = triton.cdiv(n_chunks, p.chunks)
     blocks = triton.cdiv(dv, p.block_v)

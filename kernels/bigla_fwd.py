@@ -15,6 +15,7 @@ from mmvig.kernels.bigla_tiles import (
     load_state,
     load_tile,
     reduce_segment,
+    scan_gates,
     scan_states_kernel,
     store_state,
     store_states,
@@ -183,7 +184,7 @@ def output_kernel(
             s_f = tl.dot(tl.trans(v), k_f, s_f, input_precision=PRECISION) * e_f
             store_tile(p_o + t * H * V, o * scale, H * V, n, V - v0, C, BV, mask_v)
     else:
-        for i_c in range(first, last + 1):
+        for i_c in tl.range(first, last + 1, num_stages=1):
             t = (wide + i_c) * C
             n = N - i_c * C
             q = load_tile(p_q + t * q_n, q_n, n, K, C, BK, mask_k).to(tl.float32)
@@ -197,12 +198,12 @@ def output_kernel(
             a = exact_scores(a, q, p_kt, p_gf + t * gf_n, k_n, gf_n, n, K, C, BK, False)
             a = exact_scores(a, q, p_kt, p_gb + t * gb_n, k_n, gb_n, n, K, C, BK, True)
             o = tl.dot(a.to(OP), v, input_precision=PRECISION)
-            q_f = (q * tl.exp2(sum_gates(before(C, False), gf))).to(OP)
+            q_f = (q * tl.exp2(scan_gates(gf, False, False))).to(OP)
             o = tl.dot(q_f, tl.trans(s_f.to(OP)), o, input_precision=PRECISION)
-            q_b_ = (q * tl.exp2(sum_gates(after(C, False), gb))).to(OP)
+            q_b_ = (q * tl.exp2(scan_gates(gb, True, False))).to(OP)
             o = tl.dot(q_b_, tl.trans(s_b_in), o, input_precision=PRECISION)
             store_tile(p_o + t * H * V, o * scale, H * V, n, V - v0, C, BV, mask_v)
-            k = (k * tl.exp2(sum_gates(after(C, True), gf))).to(OP)
+            k = (k * tl.exp2(scan_gates(gf, True, True))).to(OP)
             s_f *= tl.exp2(2.0 * half_gates(gf, C, BV))
             s_f = tl.dot(tl.trans(v), k, s_f, input_precision=PRECISION)
 
@@ -218,7 +219,7 @@ def forward(
     """Launches the forward; arguments as in `bidirectional_gla`, last dims contiguous."""
     b, n, h, dk = q.shape
     dv = v.shape[-1]
-    p = plan or make_plan(b, n, h, dk, dv, q.dtype, q.device)
+    p = plan or make_plan(q, v)
     o = torch.empty(b, n, h, dv, dtype=q.dtype, device=q.device)
     n_chunks = triton.cdiv(n, p.chunk)
     n_segments = triton.cdiv(n_chunks, p.chunks)

@@ -6,11 +6,26 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+# Programs that a multiprocessor of Hopper holds at once, limited by registers.
+RESIDENT = 2
+MAX_CHUNKS = 48
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Launch parameters; see `make_plan`."""
+    """Launch parameters; see `make_plan`.
+
+    Attributes:
+        chunk: Tokens of a chunk, whose scores are one tile.
+        chunks: Chunks of a segment, which one program walks.
+        block_k: Key dim, rounded up to a power of two.
+        block_v: Value channels of one program.
+        op, torch_op: Dtype of the operands of products, for Triton and PyTorch.
+        precision: Triton's `input_precision` of products.
+        reduce, output, grad: Warps and pipeline stages of the kernels.
+    """
 
     chunk: int
     chunks: int
@@ -24,35 +39,50 @@ class Plan:
     grad: dict[str, int]
 
 
+def make_plan(q: Tensor, v: Tensor) -> Plan:
+    """Chooses the launch parameters for q (B, N, H, K) and v (B, N, H, V)."""
+    b, n, h, dk = q.shape
+    dv = v.shape[-1]
+    half = q.dtype == torch.bfloat16
+    chunk = 64 if half and dk <= 32 else 32
+    block_v = 64 if dv > 32 else max(16, triton.next_power_of_2(dv))
+    heads = b * h * triton.cdiv(dv, block_v)
+    return Plan(
+        chunk=chunk,
+        chunks=choose_chunks(triton.cdiv(n, chunk), heads, RESIDENT * processors(q.device)),
+        block_k=max(16, triton.next_power_of_2(dk)),
+        block_v=block_v,
+        # float16 has too little range for the factors of a decay; TF32 has its precision.
+        op=tl.bfloat16 if half else tl.float32,
+        torch_op=torch.bfloat16 if half else torch.float32,
+        precision='tf32x3' if q.dtype == torch.float32 else 'tf32',
+        # One stage is miscompiled by Triton 3.6 where the products are Hopper's wgmma.
+        reduce=dict(num_warps=4, num_stages=3 if half else 2),
+        output=dict(num_warps=4, num_stages=3 if half else 2),
+        grad=dict(num_warps=4, num_stages=2),
+    )
+
+
+@lru_cache(maxsize=1024)
+def choose_chunks(n_chunks: int, heads: int, slots: int) -> int:
+    """Chunks of a segment that fill a device which runs `slots` programs at once.
+
+    A program costs its chunks and about one more for its states, programs run in waves, and a
+    sequence of several segments costs half as much again to reduce and scan them.
+    """
+
+    def cost(chunks: int) -> float:
+        segments = -(-n_chunks // chunks)
+        waves = -(-heads * segments // slots)
+        return waves * (chunks + 1) * (1.5 if segments > 1 else 1)
+
+    sizes = [*range(1, min(n_chunks, MAX_CHUNKS) + 1)]
+    return min(sizes, key=cost)
+
+
 @lru_cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a device; 1 for the interpreter on the CPU."""
     if device.type != 'cuda':
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def make_plan(
-    b: int, n: int, h: int, dk: int, dv: int, dtype: torch.dtype, device: torch.device
-) -> Plan:
-    """Chooses the launch parameters from the problem's size."""
-    half = dtype == torch.bfloat16
-    large = half and dk <= 32
-    chunk = 64 if large else 32
-    # Few long segments store few states; enough of them keep every multiprocessor busy.
-    n_chunks = triton.cdiv(n, chunk)
-    wanted = triton.cdiv(2 * processors(device), b * h)
-    chunks = max(1, min(16, triton.next_power_of_2(triton.cdiv(n_chunks, wanted) + 1) // 2))
-    return Plan(
-        chunk=chunk,
-        chunks=n_chunks if wanted == 1 and n_chunks <= 16 else chunks,
-        block_k=max(16, triton.next_power_of_2(dk)),
-        block_v=64 if dv > 32 else max(16, triton.next_power_of_2(dv)),
-        op=tl.bfloat16 if half else tl.float32,
-        torch_op=torch.bfloat16 if half else torch.float32,
-        precision='tf32x3' if dtype == torch.float32 else 'tf32',
-        # One stage is miscompiled by Triton 3.6 where the products are Hopper's wgmma.
-        reduce=dict(num_warps=4, num_stages=3 if half else 2),
-        output=dict(num_warps=4, num_stages=3 if half else 2),
-        grad=dict(num_warps=4, num_stages=2),
-    )

@@ -128,6 +128,17 @@ def half_gates(g, C: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def scan_gates(g, REVERSE: tl.constexpr, STRICT: tl.constexpr):
+    """Sums of (C, BK) gates up to each token (from it on if `REVERSE`; itself out if `STRICT`).
+
+    For the exact path: slower than `sum_gates`, but needs no shared memory for weights.
+    """
+    g = g.to(tl.float32)
+    x = tl.cumsum(g, 0, reverse=REVERSE)
+    return (x - g if STRICT else x) * LOG2E
+
+
+@triton.jit
 def reduce_segment(
     p_x, p_y, p_right, p_left, x_stride, y_stride, r_stride, l_stride, n, K, V,
     v0, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MASK_K: tl.constexpr,

@@ -1,0 +1,1 @@
+"""`python -m mmvig.doctor`: are the kernels right on this machine?"""

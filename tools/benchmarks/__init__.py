@@ -1,0 +1,1 @@
+"""One module an operator: its cases, contenders and checks; `timing` measures, for all of them."""
