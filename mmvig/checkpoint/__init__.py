@@ -7,8 +7,8 @@ puts them into a backbone.
 
 from mmvig.checkpoint.arch import Arch, guess_arch
 from mmvig.checkpoint.fitting import fit_state_dict, own_names
-from mmvig.checkpoint.loading import init_pretrained, load_pretrained
-from mmvig.checkpoint.reading import find_state_dict, read_checkpoint
+from mmvig.checkpoint.loading import init_pretrained, load_pretrained, load_weights
+from mmvig.checkpoint.reading import find_state_dict, read_checkpoint, weights_key
 
 __all__ = [
     'Arch',
@@ -17,6 +17,8 @@ __all__ = [
     'guess_arch',
     'init_pretrained',
     'load_pretrained',
+    'load_weights',
     'own_names',
     'read_checkpoint',
+    'weights_key',
 ]

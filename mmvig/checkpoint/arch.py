@@ -16,6 +16,8 @@ STAGE_BLOCK = re.compile(r'stages\.(\d+)\.blocks\.(\d+)\.')
 VIG_KEY = 'blocks.0.attn.gk_proj.0.weight'
 VIT_KEY = 'blocks.0.attn.qkv.weight'
 VIG_H_KEY = f'stages.0.{VIG_KEY}'
+# by dims and depth, which timm knows only once the model is built
+VIT_NAMES = {(192, 12): 'tiny', (384, 12): 'small', (768, 12): 'base'}
 
 
 class Arch(NamedTuple):
@@ -51,7 +53,8 @@ def guess_arch(shapes: Shapes) -> Arch | None:
         name = _name('ViG', embed_dims=dims, depth=depth)
         return Arch('ViG', dims, depth, name, in_adapter)
     if VIT_KEY in shapes:
-        return Arch('TimmViT', shapes[VIT_KEY][-1], _count(PLAIN_BLOCK, shapes), None, in_adapter)
+        dims, depth = shapes[VIT_KEY][-1], _count(PLAIN_BLOCK, shapes)
+        return Arch('TimmViT', dims, depth, VIT_NAMES.get((dims, depth)), in_adapter)
     if VIG_H_KEY in shapes:
         blocks = {m.groups() for m in map(STAGE_BLOCK.match, shapes) if m}
         counts = sorted(Counter(int(stage) for stage, _ in blocks).items())

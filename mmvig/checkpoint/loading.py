@@ -6,7 +6,7 @@ from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from mmvig.checkpoint.arch import guess_arch
-from mmvig.checkpoint.fitting import first, fit_state_dict
+from mmvig.checkpoint.fitting import Fitted, first, fit_state_dict
 from mmvig.checkpoint.reading import find_state_dict, read_checkpoint
 
 INIT_CFG_KEYS = {'type', 'checkpoint', 'prefix'}
@@ -49,25 +49,50 @@ def load_pretrained(backbone: nn.Module, filename: str, prefix: str = '') -> Non
         state_dict = {
             k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)
         }
-    own = backbone.state_dict()
-    name = guess_arch(_shapes(own)) or type(backbone).__name__
-    try:
-        fitted = fit_state_dict(state_dict, _shapes(own))
-    except ValueError as error:
-        found = guess_arch(_shapes(state_dict)) or 'none of the networks here'
-        raise ValueError(
-            f'{filename} does not fit {name}: {error}; it looks like {found}'
-        ) from None
-    if broken := [k for k, v in fitted.tensors.items() if not v.isfinite().all()]:
-        raise ValueError(f'{filename} holds NaN or infinity: {first(broken)}')
-    backbone.load_state_dict({**own, **fitted.tensors})
+    fitted = load_weights(backbone, state_dict, filename)
+    own = _shapes(backbone.state_dict())
     left_out = f' ({first(fitted.left_out)})' if fitted.left_out else ''
     MMLogger.get_current_instance().info(
-        f'{filename}: loaded {len(fitted.tensors)} tensors into {name}, {len(fitted.resized)} of '
-        f'them resized; left out {len(fitted.left_out)}{left_out}; '
+        f'{filename}: loaded {len(fitted.tensors)} tensors into {_name(own, backbone)}, '
+        f'{len(fitted.resized)} of them resized; left out {len(fitted.left_out)}{left_out}; '
         f'{len(own) - len(fitted.tensors)} stay as initialised'
     )
 
 
+def load_weights(
+    backbone: nn.Module, state_dict: Mapping[str, Tensor], source: str = 'state dict'
+) -> Fitted:
+    """Loads a state dict, official or ours, into a backbone, strictly.
+
+    Args:
+        backbone: `ViG`, `ViGH`, `TimmViT`, or `ViTAdapter` around a trunk.
+        state_dict: Tensors by name.
+        source: Where they come from, for the messages.
+
+    Returns:
+        What was loaded, resized and left out.
+
+    Raises:
+        ValueError: If it does not fit, or holds NaN or infinity.
+    """
+    own = backbone.state_dict()
+    shapes = _shapes(own)
+    try:
+        fitted = fit_state_dict(state_dict, shapes)
+    except ValueError as error:
+        found = guess_arch(_shapes(state_dict)) or 'none of the networks here'
+        raise ValueError(
+            f'{source} does not fit {_name(shapes, backbone)}: {error}; it looks like {found}'
+        ) from None
+    if broken := [k for k, v in fitted.tensors.items() if not v.isfinite().all()]:
+        raise ValueError(f'{source} holds NaN or infinity: {first(broken)}')
+    backbone.load_state_dict({**own, **fitted.tensors})
+    return fitted
+
+
 def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+
+
+def _name(shapes: Mapping[str, tuple[int, ...]], backbone: nn.Module) -> str:
+    return str(guess_arch(shapes) or type(backbone).__name__)
