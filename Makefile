@@ -20,7 +20,7 @@ help:
 demo: $(READY)
 	$(BIN)/python tools/train.py $(CONFIG) --work-dir $(DEMO)
 	$(BIN)/python tools/image_demo.py 'data/shapes/img_dir/val/00001?.jpg' $(CONFIG) \
-	    "$$(cat $(DEMO)/last_checkpoint)" --out-dir demo_out
+	    "$$(cat $(DEMO)/last_checkpoint)" --score-thr 0.5 --out-dir demo_out
 
 test: lint
 	$(BIN)/python -m pytest
@@ -35,7 +35,7 @@ $(READY): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
 	    { echo 'error: mmvig needs Python 3.10 to 3.13, not $(PYTHON); try make PYTHON=python3.12' >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -c constraints.txt -e '.[mm,test]'
+	$(BIN)/pip install --no-compile -c constraints.txt -e '.[mm,test]'
 	@# opencv-python and opencv-python-headless, which the mm packages both ask for, install the
 	@# same module, and the one that comes last stays. The former needs libGL, which servers lack.
 	@$(BIN)/python -c 'import cv2' 2>/dev/null || \
