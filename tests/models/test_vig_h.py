@@ -92,13 +92,17 @@ def test_any_image_size(h: int, w: int) -> None:
     assert [tuple(o.shape[1:]) for o in outs] == expected
 
 
-def test_every_parameter_has_a_gradient() -> None:
-    model = small_vig_h()
+@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (3,), (1, 2)])
+def test_every_trainable_parameter_has_a_gradient(out_indices: tuple[int, ...]) -> None:
+    model = small_vig_h(out_indices=out_indices)
     outs = model(torch.randn(2, 3, 64, 96))
     # the mean square alone would not change with the input of a norm
     sum((o * torch.randn_like(o)).sum() for o in outs).backward()
-    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not without
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert not [n for n, p in trainable.items() if p.grad is None or not p.grad.any()]
+    run = tuple(f'stages.{i}.' for i in range(out_indices[-1]))
+    assert all(n in trainable for n, _ in model.named_parameters() if n.startswith(run))
+    assert len(trainable) == len(list(model.parameters())) or out_indices[-1] < 3
 
 
 def test_recomputation_changes_nothing() -> None:

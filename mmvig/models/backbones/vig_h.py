@@ -66,7 +66,8 @@ class ViGH(BaseModule):
     Args:
         arch: 'tiny', 'small' or 'base', or a dict with the keys of `ViGH.arch_zoo`'s entries.
         in_channels: Channels of the image.
-        out_indices: Stages whose output is returned, ascending. Stages after the last are not run.
+        out_indices: Stages whose output is returned, ascending. What comes after the last is not
+            run, and not trained: DistributedDataParallel takes parameters without gradient amiss.
         drop_path_rate: Drop path of the last block; the others' rise linearly to it.
         frozen_stages: -1 trains everything; 0 freezes the stem; n also the first n stages, each
             with the down-sampling that follows it. The norms of the outputs are always trained.
@@ -195,6 +196,10 @@ class ViGH(BaseModule):
         return num_layers - 1, num_layers
 
     def _freeze(self) -> None:
+        last = self.out_indices[-1]
+        for module in (self.stages[last].downsample, *self.stages[last + 1 :]):
+            if module is not None:
+                module.requires_grad_(False)
         if self.frozen_stages < 0:
             return
         for module in (self.patch_embed, *self.stages[: self.frozen_stages]):
