@@ -1,8 +1,7 @@
-_base_ = 'mmdet::_base_/models/mask-rcnn_r50_fpn.py'
+_base_ = 'maskrcnn_fpn.py'
 
 model = dict(
     backbone=dict(
-        _delete_=True,
         type='ViTAdapter',
         trunk=dict(type='ViG', arch='tiny', drop_path_rate=0.1),
         deform_num_heads=6,

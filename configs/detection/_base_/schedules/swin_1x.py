@@ -1,5 +1,5 @@
-# Swin's recipe as in mmdet: 12 epochs at a total batch of 16 (8 GPUs x 2 images)
-_base_ = 'mmdet::_base_/schedules/schedule_1x.py'
+# Swin's recipe as in mmdet: warm-up of 1000 iterations, no layer decay
+_base_ = 'adamw_1x.py'
 
 optim_wrapper = dict(
     _delete_=True,
