@@ -152,3 +152,20 @@ def test_wrong_images() -> None:
         small_adapter()(torch.randn(1, 1, 64, 64))
     with pytest.raises(ValueError, match='image of 8x64 pixels is smaller than one patch'):
         small_adapter()(torch.randn(1, 3, 8, 64))
+
+
+def test_fewer_outputs_are_the_same_maps_and_train_every_parameter() -> None:
+    full = small_adapter().eval()
+    part = small_adapter(out_indices=(1, -1)).eval()
+    missing, unexpected = part.load_state_dict(full.state_dict(), strict=False)
+    left_out = {'up.weight', 'up.bias', 'spm.fc1.weight', 'spm.fc1.bias'}
+    norms = {k for k in full.state_dict() if k.startswith(('norm1.', 'norm3.'))}
+    assert (missing, set(unexpected)) == ([], left_out | norms)
+
+    x = torch.randn(1, 3, 64, 96)
+    expected, outs = full(x), part(x)
+    assert len(outs) == 2
+    for out, index in zip(outs, (1, 3), strict=True):
+        torch.testing.assert_close(out, expected[index])
+    sum(out.square().mean() for out in outs).backward()
+    assert not [name for name, p in part.named_parameters() if p.grad is None]

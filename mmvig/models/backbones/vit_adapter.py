@@ -20,6 +20,7 @@ from mmvig.models.layers.deform_attn import DeformableAttention, Levels
 from mmvig.models.layers.embed import check_image, pad_to_multiple, to_map, to_tokens
 from mmvig.models.layers.ffn import ConvFFN
 from mmvig.models.layers.spatial_prior import SpatialPriorModule, init_conv
+from mmvig.models.utils import ascending_indices
 
 EPS = 1e-6
 STRIDES = (4, 8, 16, 32)
@@ -106,6 +107,8 @@ class ViTAdapter(BaseModule):
         num_extra_extractors: Further extractors in the last interaction.
         token_maps: What is added to the outputs: 'last' adds the trunk's last tokens to all four
             (detection), 'each' those after interaction i to output i (segmentation).
+        out_indices: Outputs that are returned, ascending; 0 to 3 are strides 4 to 32. Layers that
+            only others need are left out, so that every parameter is trained.
         norm_cfg: Batch norm of the spatial prior and the outputs.
         with_cp: Recompute injectors and extractors in the backward pass; the trunk has its own.
         init_cfg: `dict(type='Pretrained', checkpoint=FILE)` for weights of trunk and adapter in
@@ -126,6 +129,7 @@ class ViTAdapter(BaseModule):
         interaction_indexes: tuple[tuple[int, int], ...] = ((0, 2), (3, 5), (6, 8), (9, 11)),
         num_extra_extractors: int = 2,
         token_maps: str = 'last',
+        out_indices: tuple[int, ...] = (0, 1, 2, 3),
         norm_cfg: dict = dict(type='SyncBN', requires_grad=True),  # noqa: B006
         with_cp: bool = False,
         init_cfg: dict | None = None,
@@ -136,6 +140,7 @@ class ViTAdapter(BaseModule):
         self.trunk = MODELS.build(dict(trunk, final_norm=False))
         self.interaction_indexes = _check_interactions(interaction_indexes, len(self.trunk.blocks))
         self.token_maps = _check_token_maps(token_maps, len(interaction_indexes))
+        self.out_indices = ascending_indices(out_indices, len(STRIDES), 'outputs')
         self.with_cp = with_cp
 
         dims = self.trunk.embed_dims
@@ -145,22 +150,24 @@ class ViTAdapter(BaseModule):
             return Extractor(*deform, cffn_ratio, self.trunk.drop_path_rate)
 
         self.level_embed = nn.Parameter(torch.randn(3, dims))
-        self.spm = SpatialPriorModule(self.trunk.in_channels, dims, conv_inplane, norm_cfg)
+        with_finest = 0 in self.out_indices
+        self.spm = SpatialPriorModule(
+            self.trunk.in_channels, dims, conv_inplane, norm_cfg, with_finest
+        )
         num_extra = [0] * (len(interaction_indexes) - 1) + [num_extra_extractors]
         self.interactions = nn.ModuleList(
             Interaction(Injector(*deform), extractor(), [extractor() for _ in range(n)])
             for n in num_extra
         )
-        self.up = nn.ConvTranspose2d(dims, dims, 2, 2)
-        self.norm1, self.norm2, self.norm3, self.norm4 = (
-            build_norm_layer(norm_cfg, dims)[1] for _ in STRIDES
-        )
+        self.up = nn.ConvTranspose2d(dims, dims, 2, 2) if with_finest else None
+        for i in self.out_indices:
+            self.add_module(f'norm{i + 1}', build_norm_layer(norm_cfg, dims)[1])
         self._reset_parameters()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Image batch (B, in_channels, H, W) to maps (B, C, H / s, W / s) for s = 4, 8, 16, 32.
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Image batch (B, in_channels, H, W) to a map (B, C, H / s, W / s) per out index.
 
-        Sides are rounded up where they are no multiples of the stride.
+        Strides s are 4, 8, 16 and 32; sides are rounded up where they are no multiples of one.
 
         Raises:
             ValueError: For other channels, or an image smaller than a patch.
@@ -174,11 +181,12 @@ class ViTAdapter(BaseModule):
         c = torch.cat([to_tokens(m) + e for m, e in zip(maps, self.level_embed, strict=True)], 1)
         c, token_maps = self._interact(*self.trunk.embed(x), c, pyramid)
 
-        c2, c3, c4 = (
+        maps = [
             to_map(t, hw) for t, hw in zip(c.split(pyramid.sizes, 1), pyramid.shapes, strict=True)
-        )
+        ]
         outs = []
-        for i, m in enumerate((self.up(c2) + c1, c2, c3, c4)):
+        for i in self.out_indices:
+            m = maps[i - 1] if i > 0 else self.up(maps[0]) + c1
             tokens = token_maps[i if self.token_maps == 'each' else -1]
             norm = getattr(self, f'norm{i + 1}')
             out = norm(m + _resize(tokens, (m.shape[2], m.shape[3])))
@@ -228,7 +236,8 @@ class ViTAdapter(BaseModule):
                 elif isinstance(module, nn.Linear) and '.ffn.' in f'.{name}':
                     trunc_normal_(module.weight, std=0.02)
                     nn.init.zeros_(module.bias)
-        init_conv(self.up)
+        if self.up is not None:
+            init_conv(self.up)
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -16,9 +16,17 @@ class SpatialPriorModule(nn.Module):
         embed_dims: C, channels of the four maps.
         channels: Channels of the stem; the deeper convs have 2, 4 and 4 times as many.
         norm_cfg: Batch norm of the convs.
+        with_finest: Whether the map of stride 4 is wanted.
     """
 
-    def __init__(self, in_channels: int, embed_dims: int, channels: int, norm_cfg: dict) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        embed_dims: int,
+        channels: int,
+        norm_cfg: dict,
+        with_finest: bool = True,
+    ) -> None:
         super().__init__()
 
         def conv(cin: int, cout: int, stride: int = 2) -> list[nn.Module]:
@@ -38,7 +46,7 @@ class SpatialPriorModule(nn.Module):
         self.conv2 = nn.Sequential(*conv(c, 2 * c))
         self.conv3 = nn.Sequential(*conv(2 * c, 4 * c))
         self.conv4 = nn.Sequential(*conv(4 * c, 4 * c))
-        self.fc1 = nn.Conv2d(c, embed_dims, 1)
+        self.fc1 = nn.Conv2d(c, embed_dims, 1) if with_finest else None
         self.fc2 = nn.Conv2d(2 * c, embed_dims, 1)
         self.fc3 = nn.Conv2d(4 * c, embed_dims, 1)
         self.fc4 = nn.Conv2d(4 * c, embed_dims, 1)
@@ -46,13 +54,14 @@ class SpatialPriorModule(nn.Module):
             if isinstance(module, nn.Conv2d):
                 init_conv(module)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """(B, in_channels, H, W), sides multiples of 32, to (B, C, H / s, W / s), s = 4 … 32."""
         c1 = self.stem(x)
         c2 = self.conv2(c1)
         c3 = self.conv3(c2)
         c4 = self.conv4(c3)
-        return self.fc1(c1), self.fc2(c2), self.fc3(c3), self.fc4(c4)
+        finest = None if self.fc1 is None else self.fc1(c1)
+        return finest, self.fc2(c2), self.fc3(c3), self.fc4(c4)
 
 
 def init_conv(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
