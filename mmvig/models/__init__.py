@@ -1,5 +1,6 @@
-"""Networks: `layers` on the kernels, `backbones` on the layers."""
+"""Networks: `layers` on the kernels, `backbones` on the layers, `necks` beside them."""
 
 from mmvig.models.backbones import TimmViT, ViG, ViGH, ViTAdapter
+from mmvig.models.necks import SimpleFeaturePyramid
 
-__all__ = ['TimmViT', 'ViG', 'ViGH', 'ViTAdapter']
+__all__ = ['SimpleFeaturePyramid', 'TimmViT', 'ViG', 'ViGH', 'ViTAdapter']

@@ -1,0 +1,5 @@
+"""Necks, registered in mmengine's root registry."""
+
+from mmvig.models.necks.simple_feature_pyramid import SimpleFeaturePyramid
+
+__all__ = ['SimpleFeaturePyramid']
