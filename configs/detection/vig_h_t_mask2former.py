@@ -1,0 +1,7 @@
+# Mask2Former for instances, ViG-H-T.
+_base_ = 'vig_t_mask2former.py'
+
+model = dict(
+    backbone=dict(_delete_=True, type='ViGH', arch='tiny', drop_path_rate=0.2),
+    panoptic_head=dict(in_channels=[96, 192, 384, 768]),
+)

@@ -1,0 +1,17 @@
+# RetinaNet, ViG-T with adapter, COCO 1x.
+_base_ = [
+    'mmdet::_base_/models/retinanet_r50_fpn.py',
+    '_base_/datasets/coco_detection.py',
+    '_base_/schedules/adamw_1x.py',
+    '_base_/default_runtime.py',
+]
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='ViTAdapter',
+        trunk=dict(type='ViG', arch='tiny', drop_path_rate=0.1),
+        out_indices=(1, 2, 3),
+    ),
+    neck=dict(in_channels=[192, 192, 192], start_level=0),
+)
