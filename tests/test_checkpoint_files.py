@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
@@ -15,11 +16,16 @@ from mmvig.checkpoint import find_state_dict, inert, load_pretrained, read_check
 from tests.models.test_vig import small_vig
 
 
+class Node(dict):
+    """As the nodes of config packages: a dict with more."""
+
+
 class Config:
     """As a training script's config object: a class that a reader does not have."""
 
     def __init__(self) -> None:
         self.lr = 0.1
+        self.node = Node(a=Node(b=[1]), array=np.arange(3), scalar=np.float64(1))
         self.nested = [SimpleNamespace(a=1), {2, 3}, Path('a'), torch.float16]
 
 
