@@ -17,8 +17,10 @@ import torch
 import triton
 from benchmarks import timing
 
-OPS = ('bigla',)
-COLUMNS = ('fwd eager', 'fwd graph', 'f+b eager', 'f+b graph', 'fwd MiB', 'f+b MiB', 'error')
+OPS = ('bigla', 'ms_deform_attn')
+COLUMNS = (
+    'fwd eager', 'fwd graph', 'f+b eager', 'f+b graph', 'bwd graph', 'fwd MiB', 'f+b MiB', 'error'
+)  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,6 +50,12 @@ def print_row(name: str, cells: list[str]) -> None:
     print(f'{name:<22}' + ''.join(f'{cell:>11}' for cell in cells), flush=True)
 
 
+def print_bounds(name: str, forward: float, both: float) -> None:
+    """A line with what no implementation can do without."""
+    cells = [number(x) for x in (forward, both, both - forward)]
+    print_row(name, ['', cells[0], '', cells[1], cells[2], '', '', ''])
+
+
 def number(x: float | None, digits: int = 1) -> str:
     """A cell."""
     return '-' if x is None else f'{x:,.{digits}f}'
@@ -70,17 +78,21 @@ def main() -> None:
     for case in args.cases or op.CASES:
         bounds = [1e6 * size / bandwidth for size in op.traffic(case)]
         print_row(f'\n{case}', list(COLUMNS))
-        print_row('memory bound', ['', number(bounds[0]), '', number(bounds[1]), '', '', ''])
+        print_bounds('memory bound, us', *bounds)
+        l2_traffic = op.l2_traffic(case)
+        if l2_traffic is not None:
+            print_bounds('L2 traffic, MB', *(size / 1e6 for size in l2_traffic))
         for contender in op.contenders(case):
             if args.only and contender.name not in args.only:
                 continue
             f = timing.measure(case, contender)
-            times = (f.forward_eager, f.forward_graph, f.both_eager, f.both_graph)
+            times = (f.forward_eager, f.forward_graph, f.both_eager, f.both_graph, f.backward_graph)
             cells = [number(x) for x in (*times, f.forward_mib, f.both_mib)]
             print_row(f.contender, [*cells, '-' if f.error is None else f'{f.error:.1e}'])
             if f.note:
                 print(f'  {f.note}')
-            report['figures'].append({**f.as_dict(), 'bounds': bounds})
+            figures = {**f.as_dict(), 'bounds': bounds, 'l2_traffic': l2_traffic}
+            report['figures'].append(figures)
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1) + '\n')
 

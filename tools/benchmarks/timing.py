@@ -40,6 +40,13 @@ class Figures:
     error: float | None = None
     note: str = ''
 
+    @property
+    def backward_graph(self) -> float | None:
+        """Of forward and backward, what the forward does not take."""
+        if self.both_graph is None or self.forward_graph is None:
+            return None
+        return self.both_graph - self.forward_graph
+
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
         return asdict(self)
