@@ -44,8 +44,10 @@ def make_plan(q: Tensor, v: Tensor) -> Plan:
     b, n, h, dk = q.shape
     dv = v.shape[-1]
     half = q.dtype == torch.bfloat16
-    chunk = 64 if half and dk <= 32 else 32
-    block_v = 64 if dv > 32 else max(16, triton.next_power_of_2(dv))
+    # As large as registers and shared memory allow; TF32 and its threefold use take more.
+    size = dk * {torch.bfloat16: 1, torch.float16: 2, torch.float32: 4}[q.dtype]
+    chunk = 64 if size <= 32 else 32 if size <= 64 else 16
+    block_v = min(32 if chunk == 16 and dk > 32 else 64, max(16, triton.next_power_of_2(dv)))
     heads = b * h * triton.cdiv(dv, block_v)
     return Plan(
         chunk=chunk,
