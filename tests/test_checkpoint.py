@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from mmengine.logging import MMLogger
 
 from mmvig.checkpoint import fit_state_dict, guess_arch, load_pretrained
-from mmvig.models import ViG, ViGH
+from mmvig.models import TimmViT, ViG, ViGH
 from tests import parity
 from tests.models.test_vig import SMALL, small_vig
 from tests.models.test_vig_h import small_vig_h
@@ -65,6 +66,11 @@ def other_width() -> dict:
     return ViG(arch=dict(SMALL, embed_dims=48, num_heads=3)).state_dict()
 
 
+def odd_shapes() -> dict:
+    odd = {'pos_embed': torch.zeros(1, 0, 32), 'blocks.0.attn.gk_proj.0.weight': torch.zeros(())}
+    return small_vig().state_dict() | odd
+
+
 def half_an_adapter() -> dict:
     return {k: v for k, v in small_adapter().state_dict().items() if 'spm.fc' not in k}
 
@@ -79,6 +85,11 @@ def half_an_adapter() -> dict:
         ),
         (small_vig, other_width, r'wrong shape: pos_embed is \(1, 196, 48\), not \(1, 196, 32\)'),
         (small_vig, lambda: {'head.bias': torch.zeros(2)}, 'missing: pos_embed, .* and 4. more'),
+        (
+            small_vig,
+            odd_shapes,
+            r'wrong shape: pos_embed is \(1, 0, 32\), not \(1, 196, 32\), blocks',
+        ),
         (
             small_adapter,
             half_an_adapter,
@@ -172,3 +183,13 @@ def test_state_dicts_of_other_networks_are_none_of_ours(tmp_path: Path) -> None:
     assert guess_arch({k: tuple(v.shape) for k, v in state.items()}) is None
     with pytest.raises(ValueError, match='unexpected: .* looks like none of the networks here'):
         load_pretrained(small_vig(), save(state, tmp_path))
+
+
+def test_deit_is_told_and_leaves_out_its_class_token() -> None:
+    with torch.device('meta'):
+        deit = timm.create_model('deit_tiny_patch16_224').state_dict()
+        own = TimmViT('tiny').state_dict()
+    assert str(guess_arch({k: tuple(v.shape) for k, v in deit.items()})) == 'TimmViT tiny'
+    fitted = fit_state_dict(deit, {k: tuple(v.shape) for k, v in own.items()})
+    assert fitted.left_out == ['cls_token', 'head.weight', 'head.bias']
+    assert set(fitted.tensors) == set(own)

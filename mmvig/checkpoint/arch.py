@@ -48,24 +48,25 @@ def guess_arch(shapes: Shapes) -> Arch | None:
     shapes = {own: shapes[name] for name, own in own_names(shapes).items()}
     in_adapter = any(name.startswith(ADAPTER_KEYS) for name in shapes)
     shapes = {name.removeprefix(TRUNK_PREFIX): shape for name, shape in shapes.items()}
-    if VIG_KEY in shapes:
-        dims, depth = shapes[VIG_KEY][-1], _count(PLAIN_BLOCK, shapes)
+    depth = _count(PLAIN_BLOCK, shapes)
+    if dims := _dims(shapes, VIG_KEY):
         name = _name('ViG', embed_dims=dims, depth=depth)
         return Arch('ViG', dims, depth, name, in_adapter)
-    if VIT_KEY in shapes:
-        dims, depth = shapes[VIT_KEY][-1], _count(PLAIN_BLOCK, shapes)
+    if dims := _dims(shapes, VIT_KEY):
         return Arch('TimmViT', dims, depth, VIT_NAMES.get((dims, depth)), in_adapter)
-    if VIG_H_KEY in shapes:
+    if _dims(shapes, VIG_H_KEY):
         blocks = {m.groups() for m in map(STAGE_BLOCK.match, shapes) if m}
         counts = sorted(Counter(int(stage) for stage, _ in blocks).items())
         depths = tuple(count for _, count in counts)
-        dims = tuple(
-            shape[-1]
-            for stage, _ in counts
-            if (shape := shapes.get(f'stages.{stage}.{VIG_KEY}')) is not None
-        )
+        dims = tuple(_dims(shapes, f'stages.{stage}.{VIG_KEY}') for stage, _ in counts)
         return Arch('ViGH', dims, depths, _name('ViGH', embed_dims=dims, depths=depths), False)
     return None
+
+
+def _dims(shapes: Shapes, key: str) -> int:
+    """Channels that a linear layer reads; 0 where there is no such layer."""
+    shape = shapes.get(key, ())
+    return shape[1] if len(shape) == 2 else 0
 
 
 def _count(block: re.Pattern, shapes: Shapes) -> int:

@@ -145,7 +145,8 @@ def _missing(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]
 
 def _fit_pos_embed(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Position embedding without class token, resized to (1, M * M, C) where only M differs."""
-    if name.removeprefix(TRUNK_PREFIX) != POS_EMBED or tensor.dim() != 3:
+    is_pos_embed = name.removeprefix(TRUNK_PREFIX) == POS_EMBED and tensor.dim() == 3
+    if not is_pos_embed or tensor.shape[::2] != shape[::2] or tensor.shape[1] == 0:
         return tensor
     side = int(shape[1] ** 0.5)
     extra = tensor.shape[1] - int(tensor.shape[1] ** 0.5) ** 2

@@ -248,3 +248,18 @@ def test_norms_have_no_weight_decay() -> None:
         for param in module.parameters(recurse=False):
             is_norm = isinstance(module, nn.LayerNorm | nn.RMSNorm)
             assert decays[id(param)] == (0 if is_norm else 0.05), name
+
+
+@pytest.mark.filterwarnings('ignore:Grad strides')
+@pytest.mark.parametrize(
+    'settings', [dict(with_cp=True, frozen_stages=1), dict(out_indices=(0, 1))]
+)
+def test_distributed_training_finds_every_gradient(settings: dict, tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / 'store'), 1)
+    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(small_vig_h(**settings))
+        for _ in range(2):  # a parameter without gradient fails the second step
+            sum(o.pow(3).sum() for o in model(torch.randn(1, 3, 32, 48))).backward()
+    finally:
+        torch.distributed.destroy_process_group()
