@@ -161,7 +161,7 @@ def grad_kernel(
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
     do_b, do_n, do_h, B, N, H, n_segments, n_chunks, chunks,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    OP: tl.constexpr, PRECISION: tl.constexpr, HAS_STATES: tl.constexpr,
+    OP: tl.constexpr, PRECISION: tl.constexpr, HAS_STATES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """All five gradients of one segment of one head, from one block of value channels.
 
@@ -169,7 +169,8 @@ def grad_kernel(
     segment, flows as in `scan_states_kernel`; stack (2, B*H, chunk, V, K), scratch of dtype OP for
     S_b and dS_f. dv (B, N, H, V); dq, dk, dgf, dgb (V blocks, B, N, H, K): each block's share.
     Walks the chunks right to left, stacking the states that flow left, then left to right with
-    those that flow right in registers. Products accumulate in float32.
+    those that flow right in registers. Products accumulate in float32. Launched twice, as
+    `output_kernel` is.
 
     The gradient of the scores is formed in the two orientations that the products need, not by
     transposing a product: as a left operand that is miscompiled on Hopper by Triton 3.4 to 3.7.0.
@@ -199,10 +200,15 @@ def grad_kernel(
     mask_v: tl.constexpr = V % BV != 0
     rows = tl.arange(0, C)
 
+    slot = (wide + head) * n_segments + i_s
+    if HAS_STATES or EXACT:
+        factors = tl.load(p_weakest + slot) > -0.5 * MAX_CHUNK_BITS
+        if factors == EXACT:
+            return
     weakest = tl.zeros((BV, BK), tl.float32)
     if HAS_STATES:
         flow = (wide + tl.num_programs(0)) * n_segments * K * V
-        p_states += ((wide + head) * n_segments + i_s) * K * V
+        p_states += slot * K * V
         s_f = load_state(p_states, K, V, v0, BK, BV)
         s_b = load_state(p_states + flow, K, V, v0, BK, BV)
         ds_b = load_state(p_states + 2 * flow, K, V, v0, BK, BV)
@@ -237,109 +243,19 @@ def grad_kernel(
         p_left = p_stack + (wide + i_c - 1 - first) * K * V
         store_state(p_left, s_b, K, V, v0, BK, BV)
         store_state(p_left + stack, ds_f, K, V, v0, BK, BV)
-        if not HAS_STATES:
+        if not (HAS_STATES or EXACT):
             weakest = tl.minimum(weakest, tl.minimum(half_f, half_b))
     # Other threads of this program read what was stacked.
     tl.debug_barrier()
 
-    if HAS_STATES:
-        factors = tl.load(p_weakest + (wide + head) * n_segments + i_s) > -0.5 * MAX_CHUNK_BITS
-    else:
-        t = (wide + first) * C
-        n = N - first * C
-        gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
-        gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
-        weakest = tl.minimum(weakest, tl.minimum(half_gates(gf, C, BV), half_gates(gb, C, BV)))
-        factors = tl.min(weakest) > -0.5 * MAX_CHUNK_BITS
     # Sums up to a token less half of all: decays measured from the middle of the chunk's decay.
     from_middle_f = before(C, False, 0.5)
     from_middle_b = after(C, False, 0.5)
     half = tl.full((C, C), 0.5, tl.float32).to(tl.bfloat16)
     ones = tl.full((C, BV), 1.0, tl.float32).to(OP)
     parts: tl.constexpr = 3 if PRECISION == 'tf32x3' else 2
-    # A zero unknown to the compiler, which otherwise rounds masked tiles element by element.
-    zero = tl.minimum(N, 0).to(tl.float32)
-    if factors:
-        # Loaded a chunk ahead, not by the pipeliner: its buffers would take the room of a program.
-        s_b_in = load_state(p_stack, K, V, v0, BK, BV)
-        ds_f_in = load_state(p_stack + stack, K, V, v0, BK, BV)
+    if EXACT:
         for i_c in range(first, last + 1):
-            t = (wide + i_c) * C
-            n = N - i_c * C
-            q = load_tile(p_q + t * q_n, q_n, n, K, C, BK, mask_k).to(tl.float32)
-            k = load_tile(p_k + t * k_n, k_n, n, K, C, BK, mask_k).to(tl.float32)
-            v = load_tile(p_v + t * v_n, v_n, n, V - v0, C, BV, mask_v).to(OP)
-            do = load_tile(p_do + t * do_n, do_n, n, V - v0, C, BV, mask_v).to(OP)
-            gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
-            gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
-            # States first: what they need is then out of the registers.
-            e_f = tl.exp2(half_gates(gf, C, BV))
-            s_f *= e_f
-            s_f_op = s_f.to(OP)
-            ds_f_op = (ds_f_in.to(tl.float32) * e_f).to(OP)
-            c = sum_gates(from_middle_f, gf)
-            q_f = (q * tl.exp2(c)).to(OP)
-            k_f = (k * tl.exp2(-c)).to(OP)
-            s_f = tl.dot(tl.trans(v), k_f, s_f, input_precision=PRECISION)
-            s_f *= e_f
-            e_b = tl.exp2(half_gates(gb, C, BV))
-            ds_b *= e_b
-            ds_b_op = ds_b.to(OP)
-            s_b_op = (s_b_in.to(tl.float32) * e_b).to(OP)
-            d = sum_gates(from_middle_b, gb)
-            q_b_ = (q * tl.exp2(d)).to(OP)
-            k_b_ = (k * tl.exp2(-d)).to(OP)
-            ds_b = tl.dot(tl.trans(do), q_b_, ds_b, input_precision=PRECISION)
-            ds_b *= e_b
-            # Row j gives, column i receives.
-            a = tl.dot(k_f, tl.trans(q_f), input_precision=PRECISION)
-            a = tl.where(rows[:, None] <= rows[None, :], a, 0.0)
-            a_b = tl.dot(k_b_, tl.trans(q_b_), input_precision=PRECISION)
-            a += tl.where(rows[:, None] >= rows[None, :], a_b, 0.0)
-            dv = tl.dot(a.to(OP), do, input_precision=PRECISION)
-            dv = tl.dot(k_f, tl.trans(ds_f_op), dv, input_precision=PRECISION)
-            dv = tl.dot(k_b_, tl.trans(ds_b_op), dv, input_precision=PRECISION)
-            store_tile(p_dv + t * H * V, dv * scale, H * V, n, V - v0, C, BV, mask_v)
-            # Row i receives, column j gives.
-            da = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            da_f = tl.where(rows[:, None] >= rows[None, :], da, zero).to(OP)
-            dq_f = tl.dot(do, s_f_op, input_precision=PRECISION)
-            dq_f = tl.dot(da_f, k_f, dq_f, input_precision=PRECISION)
-            dq_f *= tl.exp2(sum_again(from_middle_f, gf, zero))
-            dc = q * dq_f
-            da_b = tl.where(rows[:, None] <= rows[None, :], da, zero).to(OP)
-            dq_b = tl.dot(do, s_b_op, input_precision=PRECISION)
-            dq_b = tl.dot(da_b, k_b_, dq_b, input_precision=PRECISION)
-            dq_b *= tl.exp2(sum_again(from_middle_b, gb, zero))
-            dd = q * dq_b
-            store_tile(p_dq + t * H * K, (dq_f + dq_b) * scale, H * K, n, K, C, BK, mask_k)
-            # Row j gives, column i receives.
-            da = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-            da_f = tl.where(rows[:, None] <= rows[None, :], da, zero).to(OP)
-            dk_f = tl.dot(v, ds_f_op, input_precision=PRECISION)
-            dk_f = tl.dot(da_f, q_f, dk_f, input_precision=PRECISION)
-            dk_f *= tl.exp2(-sum_again(from_middle_f, gf, -zero))
-            dc -= k * dk_f
-            da_b = tl.where(rows[:, None] >= rows[None, :], da, zero).to(OP)
-            dk_b = tl.dot(v, ds_b_op, input_precision=PRECISION)
-            dk_b = tl.dot(da_b, q_b_, dk_b, input_precision=PRECISION)
-            dk_b *= tl.exp2(-sum_again(from_middle_b, gb, -zero))
-            dd -= k * dk_b
-            store_tile(p_dk + t * H * K, (dk_f + dk_b) * scale, H * K, n, K, C, BK, mask_k)
-            end_f = (s_f * ds_f_in.to(tl.float32)).to(OP)
-            end_b = (ds_b * s_b_in.to(tl.float32)).to(OP)
-            p_next = p_stack + (wide + i_c + 1 - first) * K * V
-            s_b_in = load_state(p_next, K, V, v0, BK, BV, i_c < last)
-            ds_f_in = load_state(p_next + stack, K, V, v0, BK, BV, i_c < last)
-            # Sums over i >= t of dc, over i > t of -dd, and the gradients at the chunk's right end.
-            d_g = sum_tokens(from_middle_b, dc, parts) + sum_tokens(half, dc, parts)
-            d_g = tl.dot(ones, end_f, d_g, input_precision=PRECISION) * scale
-            store_tile(p_dgf + t * H * K, d_g, H * K, n, K, C, BK, mask_k)
-            d_g = sum_tokens(from_middle_f, dd, parts) - sum_tokens(half, dd, parts)
-            d_g = tl.dot(ones, end_b, d_g, input_precision=PRECISION) * scale
-            store_tile(p_dgb + t * H * K, d_g, H * K, n, K, C, BK, mask_k)
-    else:
-        for i_c in tl.range(first, last + 1, num_stages=1):
             t = (wide + i_c) * C
             n = N - i_c * C
             q = load_tile(p_q + t * q_n, q_n, n, K, C, BK, mask_k).to(tl.float32)
@@ -364,6 +280,97 @@ def grad_kernel(
             d_g = sum_tokens(from_middle_f, dd, parts) - sum_tokens(half, dd, parts)
             d_g += tl.dot(ones, (s_b * ds_b).to(OP), input_precision=PRECISION)
             store_tile(p_dgb + t * H * K, d_g * scale, H * K, n, K, C, BK, mask_k)
+        return
+    if not HAS_STATES:
+        t = (wide + first) * C
+        n = N - first * C
+        gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
+        gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
+        weakest = tl.minimum(weakest, tl.minimum(half_gates(gf, C, BV), half_gates(gb, C, BV)))
+        half_bits = tl.min(weakest)
+        tl.store(p_weakest + slot, half_bits)
+        if half_bits <= -0.5 * MAX_CHUNK_BITS:
+            return
+    # A zero unknown to the compiler, which otherwise rounds masked tiles element by element.
+    zero = tl.minimum(N, 0).to(tl.float32)
+    # Loaded a chunk ahead, not by the pipeliner: its buffers would take the room of a program.
+    s_b_in = load_state(p_stack, K, V, v0, BK, BV)
+    ds_f_in = load_state(p_stack + stack, K, V, v0, BK, BV)
+    for i_c in range(first, last + 1):
+        t = (wide + i_c) * C
+        n = N - i_c * C
+        q = load_tile(p_q + t * q_n, q_n, n, K, C, BK, mask_k).to(tl.float32)
+        k = load_tile(p_k + t * k_n, k_n, n, K, C, BK, mask_k).to(tl.float32)
+        v = load_tile(p_v + t * v_n, v_n, n, V - v0, C, BV, mask_v).to(OP)
+        do = load_tile(p_do + t * do_n, do_n, n, V - v0, C, BV, mask_v).to(OP)
+        gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
+        gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
+        # States first: what they need is then out of the registers.
+        e_f = tl.exp2(half_gates(gf, C, BV))
+        s_f *= e_f
+        s_f_op = s_f.to(OP)
+        ds_f_op = (ds_f_in.to(tl.float32) * e_f).to(OP)
+        c = sum_gates(from_middle_f, gf)
+        q_f = (q * tl.exp2(c)).to(OP)
+        k_f = (k * tl.exp2(-c)).to(OP)
+        s_f = tl.dot(tl.trans(v), k_f, s_f, input_precision=PRECISION)
+        s_f *= e_f
+        e_b = tl.exp2(half_gates(gb, C, BV))
+        ds_b *= e_b
+        ds_b_op = ds_b.to(OP)
+        s_b_op = (s_b_in.to(tl.float32) * e_b).to(OP)
+        d = sum_gates(from_middle_b, gb)
+        q_b_ = (q * tl.exp2(d)).to(OP)
+        k_b_ = (k * tl.exp2(-d)).to(OP)
+        ds_b = tl.dot(tl.trans(do), q_b_, ds_b, input_precision=PRECISION)
+        ds_b *= e_b
+        # Row j gives, column i receives.
+        a = tl.dot(k_f, tl.trans(q_f), input_precision=PRECISION)
+        a = tl.where(rows[:, None] <= rows[None, :], a, 0.0)
+        a_b = tl.dot(k_b_, tl.trans(q_b_), input_precision=PRECISION)
+        a += tl.where(rows[:, None] >= rows[None, :], a_b, 0.0)
+        dv = tl.dot(a.to(OP), do, input_precision=PRECISION)
+        dv = tl.dot(k_f, tl.trans(ds_f_op), dv, input_precision=PRECISION)
+        dv = tl.dot(k_b_, tl.trans(ds_b_op), dv, input_precision=PRECISION)
+        store_tile(p_dv + t * H * V, dv * scale, H * V, n, V - v0, C, BV, mask_v)
+        # Row i receives, column j gives.
+        da = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        da_f = tl.where(rows[:, None] >= rows[None, :], da, zero).to(OP)
+        dq_f = tl.dot(do, s_f_op, input_precision=PRECISION)
+        dq_f = tl.dot(da_f, k_f, dq_f, input_precision=PRECISION)
+        dq_f *= tl.exp2(sum_again(from_middle_f, gf, zero))
+        dc = q * dq_f
+        da_b = tl.where(rows[:, None] <= rows[None, :], da, zero).to(OP)
+        dq_b = tl.dot(do, s_b_op, input_precision=PRECISION)
+        dq_b = tl.dot(da_b, k_b_, dq_b, input_precision=PRECISION)
+        dq_b *= tl.exp2(sum_again(from_middle_b, gb, zero))
+        dd = q * dq_b
+        store_tile(p_dq + t * H * K, (dq_f + dq_b) * scale, H * K, n, K, C, BK, mask_k)
+        # Row j gives, column i receives.
+        da = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        da_f = tl.where(rows[:, None] <= rows[None, :], da, zero).to(OP)
+        dk_f = tl.dot(v, ds_f_op, input_precision=PRECISION)
+        dk_f = tl.dot(da_f, q_f, dk_f, input_precision=PRECISION)
+        dk_f *= tl.exp2(-sum_again(from_middle_f, gf, -zero))
+        dc -= k * dk_f
+        da_b = tl.where(rows[:, None] >= rows[None, :], da, zero).to(OP)
+        dk_b = tl.dot(v, ds_b_op, input_precision=PRECISION)
+        dk_b = tl.dot(da_b, q_b_, dk_b, input_precision=PRECISION)
+        dk_b *= tl.exp2(-sum_again(from_middle_b, gb, -zero))
+        dd -= k * dk_b
+        store_tile(p_dk + t * H * K, (dk_f + dk_b) * scale, H * K, n, K, C, BK, mask_k)
+        end_f = (s_f * ds_f_in.to(tl.float32)).to(OP)
+        end_b = (ds_b * s_b_in.to(tl.float32)).to(OP)
+        p_next = p_stack + (wide + i_c + 1 - first) * K * V
+        s_b_in = load_state(p_next, K, V, v0, BK, BV, i_c < last)
+        ds_f_in = load_state(p_next + stack, K, V, v0, BK, BV, i_c < last)
+        # Sums over i >= t of dc, over i > t of -dd, and the gradients at the chunk's right end.
+        d_g = sum_tokens(from_middle_b, dc, parts) + sum_tokens(half, dc, parts)
+        d_g = tl.dot(ones, end_f, d_g, input_precision=PRECISION) * scale
+        store_tile(p_dgf + t * H * K, d_g, H * K, n, K, C, BK, mask_k)
+        d_g = sum_tokens(from_middle_f, dd, parts) - sum_tokens(half, dd, parts)
+        d_g = tl.dot(ones, end_b, d_g, input_precision=PRECISION) * scale
+        store_tile(p_dgb + t * H * K, d_g, H * K, n, K, C, BK, mask_k)
 
 
 def backward(
@@ -397,11 +404,12 @@ def backward(
         for x in (q, k, gf, gb)
     ]
     d_q, d_k, d_gf, d_gb = shares
-    grad_kernel[b * h, n_segments, blocks](
-        *inputs, d_q, d_k, d_v, d_gf, d_gb, states, weakest, stack, 0.5 * scale, *strides(*inputs),
-        b, n, h, n_segments, n_chunks, p.chunks, **dims, HAS_STATES=n_segments > 1,
-        **p.grad,
-    )  # fmt: skip
+    for exact in (False, True):
+        grad_kernel[b * h, n_segments, blocks](
+            *inputs, d_q, d_k, d_v, d_gf, d_gb, states, weakest, stack, 0.5 * scale,
+            *strides(*inputs), b, n, h, n_segments, n_chunks, p.chunks, **dims,
+            HAS_STATES=n_segments > 1, EXACT=exact, **(p.exact if exact else p.grad),
+        )  # fmt: skip
     d_q, d_k, d_gf, d_gb = (
         x[0] if blocks == 1 else x.sum(0).to(y.dtype)
         for x, y in zip(shares, (q, k, gf, gb), strict=True)

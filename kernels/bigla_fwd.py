@@ -85,7 +85,7 @@ def output_kernel(
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
     N, H, n_segments, n_chunks, chunks,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    OP: tl.constexpr, PRECISION: tl.constexpr, HAS_STATES: tl.constexpr,
+    OP: tl.constexpr, PRECISION: tl.constexpr, HAS_STATES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """o_i = scale (sum_j A_ij v_j + q_i exp(c_i) S_f + q_i exp(d_i) S_b), A of both directions.
 
@@ -94,6 +94,10 @@ def output_kernel(
     A program (head, segment, V block) walks its chunks right to left, stacking S_b, then left to
     right with S_f in registers. One (C, C) tile holds the scores of both directions. Products
     accumulate in float32.
+
+    Launched twice: first for the segments whose gates allow the factored form, then, `EXACT`, for
+    the others, whose programs alone do more than look at `weakest` (B*H, segment): half the
+    strongest decay of a chunk, in bits, which the first launch finds if there are no states.
     """
     head = tl.program_id(0)
     b = (head // H).to(tl.int64)
@@ -113,9 +117,13 @@ def output_kernel(
     rows = tl.arange(0, C)
     wide = tl.zeros((), tl.int64)
 
+    slot = head.to(tl.int64) * n_segments + i_s
+    if HAS_STATES or EXACT:
+        factors = tl.load(p_weakest + slot) > -0.5 * MAX_CHUNK_BITS
+        if factors == EXACT:
+            return
     weakest = tl.zeros((BV, BK), tl.float32)
     if HAS_STATES:
-        slot = head.to(tl.int64) * n_segments + i_s
         flow = tl.num_programs(0).to(tl.int64) * n_segments * K * V
         s_f = load_state(p_states + slot * K * V, K, V, v0, BK, BV)
         s_b = load_state(p_states + slot * K * V + flow, K, V, v0, BK, BV)
@@ -137,54 +145,14 @@ def output_kernel(
         half_b = half_gates(gb, C, BV)
         s_b = tl.dot(tl.trans(v), k, s_b * tl.exp2(2.0 * half_b), input_precision=PRECISION)
         store_state(p_stack + (wide + i_c - 1 - first) * K * V, s_b, K, V, v0, BK, BV)
-        if not HAS_STATES:
+        if not (HAS_STATES or EXACT):
             gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
             weakest = tl.minimum(weakest, tl.minimum(half_gates(gf, C, BV), half_b))
     # Other threads of this program read what was stacked.
     tl.debug_barrier()
 
-    if HAS_STATES:
-        factors = tl.load(p_weakest + slot) > -0.5 * MAX_CHUNK_BITS
-    else:
-        t = (wide + first) * C
-        n = N - first * C
-        gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
-        gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
-        weakest = tl.minimum(weakest, tl.minimum(half_gates(gf, C, BV), half_gates(gb, C, BV)))
-        factors = tl.min(weakest) > -0.5 * MAX_CHUNK_BITS
-    if factors:
-        # Sums up to a token less half of all: decays measured from the middle of the chunk's decay.
-        from_middle_f = before(C, False, 0.5)
-        from_middle_b = after(C, False, 0.5)
+    if EXACT:
         for i_c in range(first, last + 1):
-            t = (wide + i_c) * C
-            n = N - i_c * C
-            q = load_tile(p_q + t * q_n, q_n, n, K, C, BK, mask_k).to(tl.float32)
-            k = load_tile(p_k + t * k_n, k_n, n, K, C, BK, mask_k).to(tl.float32)
-            v = load_tile(p_v + t * v_n, v_n, n, V - v0, C, BV, mask_v).to(OP)
-            gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
-            gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
-            s_b_in = load_state(p_stack + (wide + i_c - first) * K * V, K, V, v0, BK, BV)
-            c = sum_gates(from_middle_f, gf)
-            q_f = (q * tl.exp2(c)).to(OP)
-            k_f = (k * tl.exp2(-c)).to(OP)
-            a_f = tl.dot(q_f, tl.trans(k_f), input_precision=PRECISION)
-            d = sum_gates(from_middle_b, gb)
-            q_b_ = (q * tl.exp2(d)).to(OP)
-            k_b_ = (k * tl.exp2(-d)).to(OP)
-            a_b = tl.dot(q_b_, tl.trans(k_b_), input_precision=PRECISION)
-            a = tl.where(rows[:, None] >= rows[None, :], a_f, 0.0)
-            a += tl.where(rows[:, None] <= rows[None, :], a_b, 0.0)
-            o = tl.dot(a.to(OP), v, input_precision=PRECISION)
-            e_f = tl.exp2(half_gates(gf, C, BV))
-            s_f *= e_f
-            o = tl.dot(q_f, tl.trans(s_f.to(OP)), o, input_precision=PRECISION)
-            s = (s_b_in.to(tl.float32) * tl.exp2(half_gates(gb, C, BV))).to(OP)
-            o = tl.dot(q_b_, tl.trans(s), o, input_precision=PRECISION)
-            s_f = tl.dot(tl.trans(v), k_f, s_f, input_precision=PRECISION) * e_f
-            store_tile(p_o + t * H * V, o * scale, H * V, n, V - v0, C, BV, mask_v)
-    else:
-        for i_c in tl.range(first, last + 1, num_stages=1):
             t = (wide + i_c) * C
             n = N - i_c * C
             q = load_tile(p_q + t * q_n, q_n, n, K, C, BK, mask_k).to(tl.float32)
@@ -206,6 +174,47 @@ def output_kernel(
             k = (k * tl.exp2(scan_gates(gf, True, True))).to(OP)
             s_f *= tl.exp2(2.0 * half_gates(gf, C, BV))
             s_f = tl.dot(tl.trans(v), k, s_f, input_precision=PRECISION)
+        return
+    if not HAS_STATES:
+        t = (wide + first) * C
+        n = N - first * C
+        gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
+        gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
+        weakest = tl.minimum(weakest, tl.minimum(half_gates(gf, C, BV), half_gates(gb, C, BV)))
+        half = tl.min(weakest)
+        tl.store(p_weakest + slot, half)
+        if half <= -0.5 * MAX_CHUNK_BITS:
+            return
+    # Sums up to a token less half of all: decays measured from the middle of the chunk's decay.
+    from_middle_f = before(C, False, 0.5)
+    from_middle_b = after(C, False, 0.5)
+    for i_c in range(first, last + 1):
+        t = (wide + i_c) * C
+        n = N - i_c * C
+        q = load_tile(p_q + t * q_n, q_n, n, K, C, BK, mask_k).to(tl.float32)
+        k = load_tile(p_k + t * k_n, k_n, n, K, C, BK, mask_k).to(tl.float32)
+        v = load_tile(p_v + t * v_n, v_n, n, V - v0, C, BV, mask_v).to(OP)
+        gf = load_tile(p_gf + t * gf_n, gf_n, n, K, C, BK, mask_k)
+        gb = load_tile(p_gb + t * gb_n, gb_n, n, K, C, BK, mask_k)
+        s_b_in = load_state(p_stack + (wide + i_c - first) * K * V, K, V, v0, BK, BV)
+        c = sum_gates(from_middle_f, gf)
+        q_f = (q * tl.exp2(c)).to(OP)
+        k_f = (k * tl.exp2(-c)).to(OP)
+        a_f = tl.dot(q_f, tl.trans(k_f), input_precision=PRECISION)
+        d = sum_gates(from_middle_b, gb)
+        q_b_ = (q * tl.exp2(d)).to(OP)
+        k_b_ = (k * tl.exp2(-d)).to(OP)
+        a_b = tl.dot(q_b_, tl.trans(k_b_), input_precision=PRECISION)
+        a = tl.where(rows[:, None] >= rows[None, :], a_f, 0.0)
+        a += tl.where(rows[:, None] <= rows[None, :], a_b, 0.0)
+        o = tl.dot(a.to(OP), v, input_precision=PRECISION)
+        e_f = tl.exp2(half_gates(gf, C, BV))
+        s_f *= e_f
+        o = tl.dot(q_f, tl.trans(s_f.to(OP)), o, input_precision=PRECISION)
+        s = (s_b_in.to(tl.float32) * tl.exp2(half_gates(gb, C, BV))).to(OP)
+        o = tl.dot(q_b_, tl.trans(s), o, input_precision=PRECISION)
+        s_f = tl.dot(tl.trans(v), k_f, s_f, input_precision=PRECISION) * e_f
+        store_tile(p_o + t * H * V, o * scale, H * V, n, V - v0, C, BV, mask_v)
 
 
 def strides(*tensors: Tensor) -> list[int]:
@@ -235,11 +244,12 @@ def forward(
         )  # fmt: skip
         scan_states(states, decays)
     stack = o.new_empty(b * h, n_chunks, dv, dk, dtype=p.torch_op)
-    output_kernel[grid](
-        q, k, v, gf, gb, o, states, weakest, stack, 0.5 * scale, *strides(q, k, v, gf, gb),
-        n, h, n_segments, n_chunks, p.chunks, **dims, HAS_STATES=n_segments > 1,
-        **p.output,
-    )  # fmt: skip
+    for exact in (False, True):
+        output_kernel[grid](
+            q, k, v, gf, gb, o, states, weakest, stack, 0.5 * scale, *strides(q, k, v, gf, gb),
+            n, h, n_segments, n_chunks, p.chunks, **dims, HAS_STATES=n_segments > 1, EXACT=exact,
+            **(p.exact if exact else p.output),
+        )  # fmt: skip
     return o
 
 

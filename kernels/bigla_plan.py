@@ -24,7 +24,8 @@ class Plan:
         block_v: Value channels of one program.
         op, torch_op: Dtype of the operands of products, for Triton and PyTorch.
         precision: Triton's `input_precision` of products.
-        reduce, output, grad: Warps and pipeline stages of the kernels.
+        reduce, output, grad, exact: Warps and pipeline stages of the kernels; exact, of the output
+            and gradient kernels in their exact form.
     """
 
     chunk: int
@@ -37,6 +38,7 @@ class Plan:
     reduce: dict[str, int]
     output: dict[str, int]
     grad: dict[str, int]
+    exact: dict[str, int]
 
 
 def make_plan(q: Tensor, v: Tensor) -> Plan:
@@ -62,6 +64,8 @@ def make_plan(q: Tensor, v: Tensor) -> Plan:
         reduce=dict(num_warps=4, num_stages=3 if half else 2),
         output=dict(num_warps=4, num_stages=3 if half else 2),
         grad=dict(num_warps=4, num_stages=2),
+        # Two warps are too few for wgmma, which that form does not survive in the gradients.
+        exact=dict(num_warps=2, num_stages=1),
     )
 
 
