@@ -64,6 +64,8 @@ setup(
         'timm>=1.0',
         'numpy',
         'pycocotools',
+        'filelock',
+        'safetensors',
     ],
     extras_require={
         'mm': [
