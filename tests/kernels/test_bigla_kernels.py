@@ -86,9 +86,12 @@ def expect(inputs: list[Tensor], function=bigla_chunked.bidirectional_gla) -> li
 
 
 def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    """Every result has a small relative error; what is nearly zero, a small absolute one."""
+    """Every result has a small relative error.
+
+    What is nearly zero, a small absolute one: gradients of gates are differences of q dq and k dk.
+    """
     for name, x, y in zip(NAMES, actual, expected, strict=True):
-        floor = 0.05 * y.numel() ** 0.5
+        floor = 0.25 * y.numel() ** 0.5
         error = ((x.cpu().double() - y).norm() / y.norm().clamp_min(floor)).item()
         assert error < tolerance, f'{name}: {error:.2e}'
 
