@@ -1,9 +1,6 @@
 """The public `bidirectional_gla`: arguments, dispatch, and life among PyTorch's features."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -14,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvig.kernels import bidirectional_gla, bigla_chunked, bigla_trust, reference
+
+from .interpreter import run_interpreted
 
 NAMES = ('q', 'k', 'v', 'log_gate_fwd', 'log_gate_bwd')
 
@@ -29,13 +28,7 @@ def make_inputs(tokens: int = 50, device: str = 'cpu', dtype=torch.float32) -> l
 @pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='needs Triton')
 def test_kernels_under_the_interpreter() -> None:
     """Runs `test_bigla_kernels.py` in a process where Triton is not yet imported."""
-    path = Path(__file__).with_name('test_bigla_kernels.py')
-    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', str(path)]
-    env = {**os.environ, 'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'}
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert 'passed' in result.stdout
-    assert 'skipped' not in result.stdout
+    run_interpreted(Path(__file__).with_name('test_bigla_kernels.py'))
 
 
 def test_matches_the_definition_on_the_cpu() -> None:
