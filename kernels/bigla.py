@@ -95,7 +95,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: flo
     from mmvig.kernels.bigla_trust import trusted
 
     if not trusted(q.device, q.dtype, gf.dtype, q.shape[-1], v.shape[-1], False):
-        return bigla_chunked.bidirectional_gla(q, k, v, gf, gb, scale)
+        return bigla_chunked.bidirectional_gla(q, k, v, gf, gb, scale).contiguous()
     from mmvig.kernels.bigla_fwd import forward
 
     return forward(*(_unit_stride(x) for x in (q, k, v, gf, gb)), scale)
