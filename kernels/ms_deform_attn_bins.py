@@ -98,13 +98,17 @@ def fill_kernel(
 
 
 @triton.jit
-def load_record(p_records, record, mask):
-    """x, y, weight, query * L + level of records; outside the mask the weight is 0."""
-    p = p_records + record * 4
-    x = tl.load(p, mask=mask, other=0.0)
-    y = tl.load(p + 1, mask=mask, other=0.0)
-    w = tl.load(p + 2, mask=mask, other=0.0)
-    which = tl.load(p + 3, mask=mask, other=0.0).to(tl.int32, bitcast=True)
+def load_run(p_records, r, n_0, n, first_0, first_1, R: tl.constexpr):
+    """x, y, weight, query * L + level of records r to r + R of the n in two runs, the first of n_0.
+
+    Beyond the n the weight is 0.
+    """
+    i = r + tl.arange(0, R)
+    p = p_records + tl.where(i < n_0, first_0 + i, first_1 + i - n_0).to(tl.int64) * 4
+    x = tl.load(p, mask=i < n, other=0.0)
+    y = tl.load(p + 1, mask=i < n, other=0.0)
+    w = tl.load(p + 2, mask=i < n, other=0.0)
+    which = tl.load(p + 3, mask=i < n, other=0.0).to(tl.int32, bitcast=True)
     return x, y, w, which
 
 
@@ -121,10 +125,13 @@ def gather_kernel(
     channels of T tokens of one head, R records at a time, as a product of a (T, R) tile of weights,
     rounded to the dtype of do, and an (R, BD) tile of do, in float32.
     """
-    head = tl.program_id(0) // n_blocks
+    # The last levels are the smallest, with the longest bins: their programs start first, in all
+    # heads of a batch element, so that none of them is left alone at the end.
+    rest = tl.program_id(0) % (n_blocks * H)
+    head = tl.program_id(0) // (n_blocks * H) * H + rest % H
+    t0 = (n_blocks - 1 - rest // H) * T
     b = (head // H).to(tl.int64)
     h = head % H
-    t0 = tl.program_id(0) % n_blocks * T
     tokens = t0 + tl.arange(0, T)
     cols = tl.program_id(1) * BD + tl.arange(0, BD)
     mask_cols = (cols < D)[None, :]
@@ -148,18 +155,22 @@ def gather_kernel(
             n_0 = tl.load(p_first + tl.minimum(tl.maximum(high - width, start), low_1)) - first_0
             first_1 = tl.load(p_first + low_1)
             n = n_0 + tl.load(p_first + high) - first_1
+            x, y, w, which = load_run(p_records, 0, n_0, n, first_0, first_1, R)
             for r in range(0, n, R):
                 i = r + tl.arange(0, R)
-                record = tl.where(i < n_0, first_0 + i, first_1 + i - n_0).to(tl.int64)
-                x, y, w, which = load_record(p_records, record, i < n)
-                w = tl.where(which % L == level, w, 0.0)
+                share = tl.where(which % L == level, w, 0.0)
                 rows = (which // L).to(tl.int64) * H * D
                 mask = (i < n)[:, None] & mask_cols
                 do = tl.load(p_do + rows[:, None] + cols[None, :], mask=mask, other=0.0)
+                # Loaded while the rows of do are on their way.
+                next_x, next_y, next_w, next_which = load_run(
+                    p_records, r + R, n_0, n, first_0, first_1, R
+                )
                 hat_x = tl.maximum(1 - tl.abs(x[None, :] - px.to(tl.float32)[:, None]), 0.0)
                 hat_y = tl.maximum(1 - tl.abs(y[None, :] - py.to(tl.float32)[:, None]), 0.0)
-                tile = (w[None, :] * hat_x * hat_y).to(do.dtype)
+                tile = (share[None, :] * hat_x * hat_y).to(do.dtype)
                 acc = tl.dot(tile, do, acc, input_precision=PRECISION)
+                x, y, w, which = next_x, next_y, next_w, next_which
     p_dvalue += (b * S * H + h) * D
     tl.store(
         p_dvalue + (tokens.to(tl.int64) * H * D)[:, None] + cols[None, :],
@@ -222,12 +233,12 @@ def value_gradient(
     dvalue = torch.empty(b, s, h, d, dtype=value.dtype, device=value.device)
     n_blocks = triton.cdiv(s, TOKENS)
     block_d = min(max(triton.next_power_of_2(d), 16), 128)
-    # Long bins keep a loop busy that loads ahead; short ones end within an iteration or two.
+    # Records at once: no more than the bins of a token usually hold.
     dense = q * n_levels * n_points > 8 * s
     gather_kernel[(n_blocks * b * h, triton.cdiv(d, block_d))](
         shapes, starts, first, records, do, dvalue, s, q, h, n_blocks,
         L=n_levels, D=d, BD=block_d, T=TOKENS, R=32 if dense else 16,
         PRECISION='tf32x3' if do.dtype == torch.float32 else None,
-        num_warps=1, num_stages=2 if dense else 1,
+        num_warps=1, num_stages=1,
     )  # fmt: skip
     return dvalue

@@ -15,6 +15,7 @@ from mmvig.kernels.ms_deform_attn_fwd import (
     load_level,
     load_location,
     pairs,
+    store_location,
     to_pixels,
     unit_stride,
     unroll,
@@ -51,7 +52,6 @@ def points_kernel(
         p_do + rows[:, None] * D + cols[None, :], mask=mask[:, None] & mask_cols, other=0.0
     ).to(tl.float32)
     p_value += b * v_b + h.to(tl.int64) * v_h
-    out_dtype = p_dlocations.dtype.element_ty
     for i in range(0, L * P, UNROLL):
         height, width, start = load_level(p_shapes, p_starts, i // P, S)
         p_map = p_value + start.to(tl.int64) * v_s
@@ -74,8 +74,7 @@ def points_kernel(
             grad_x = w * width * (along_top + dy * (along_bottom - along_top))
             grad_y = w * height * (bottom - top)
             grad_w = top + dy * (bottom - top)
-            tl.store(p_dlocations + 2 * sample, grad_x.to(out_dtype), mask=mask)
-            tl.store(p_dlocations + 2 * sample + 1, grad_y.to(out_dtype), mask=mask)
+            store_location(p_dlocations, sample, grad_x, grad_y, mask)
             tl.store(p_dweights + sample, grad_w.to(p_dweights.dtype.element_ty), mask=mask)
 
 

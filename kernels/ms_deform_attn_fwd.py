@@ -39,6 +39,20 @@ def load_location(p_locations, sample, mask):
 
 
 @triton.jit
+def store_location(p_locations, sample, x, y, mask):
+    """Stores what `load_location` loads, likewise with one store each."""
+    dtype: tl.constexpr = p_locations.dtype.element_ty
+    if dtype == tl.float32:
+        low = x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        pair = (y.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low
+        tl.store(p_locations.to(tl.pointer_type(tl.int64)) + sample, pair, mask=mask)
+    else:
+        low = x.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        pair = (y.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) << 16) | low
+        tl.store(p_locations.to(tl.pointer_type(tl.int32)) + sample, pair, mask=mask)
+
+
+@triton.jit
 def to_pixels(x, y, mask, height, width):
     """Locations from 0 to 1 as pixel coordinates, and whether a corner can lie in the map.
 
