@@ -9,7 +9,6 @@ import importlib.metadata
 import multiprocessing
 import os
 import platform
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -27,6 +26,8 @@ PACKAGES = {
     'mmseg': ('mmsegmentation', 'onedl-mmsegmentation'),
 }
 MAX_WORKERS = 16
+# Errors of a case and what is allowed, or the exception that it raised, in a line.
+Result = tuple[list[float], float] | str
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,8 +58,23 @@ def _version(package: str) -> str | None:
         return None
 
 
-def check(op: str, case: Any) -> tuple[list[float], float] | str:
-    """One case in a process of its own: its errors and what is allowed, or what went wrong."""
+def check_all(op: str, cases: list[Any]) -> list[Result]:
+    """The results of all cases, from many processes, since compiling takes the time."""
+    workers = min(MAX_WORKERS, os.cpu_count() or 1)
+    spawn = multiprocessing.get_context('spawn')
+    with spawn.Pool(workers) as pool:
+        results = pool.starmap(check, [(op, case) for case in cases], chunksize=1)
+    # A CUDA error leaves a process unusable: who else failed in it is tried again, alone.
+    again = [i for i, result in enumerate(results) if isinstance(result, str) and 'CUDA' in result]
+    with spawn.Pool(workers, maxtasksperchild=1) as pool:
+        retried = pool.starmap(check, [(op, cases[i]) for i in again], chunksize=1)
+    for i, result in zip(again, retried, strict=True):
+        results[i] = result
+    return results
+
+
+def check(op: str, case: Any) -> Result:
+    """One case: its errors and what is allowed, or what went wrong."""
     # Fills new memory with NaN, so that what a kernel does not write is seen.
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -67,7 +83,7 @@ def check(op: str, case: Any) -> tuple[list[float], float] | str:
         return f'{type(e).__name__}: {str(e).strip().splitlines()[0][:100]}'
 
 
-def report(name: str, result: tuple[list[float], float] | str) -> bool:
+def report(name: str, result: Result) -> bool:
     """Prints a row; whether it is right."""
     if isinstance(result, str):
         print(f'{name:<36}{result}   WRONG')
@@ -88,16 +104,12 @@ def main() -> int:
         print('\nNo CUDA device: the operators take their PyTorch paths, nothing to check.')
         return 0
     right = True
-    # Compiling takes the time: many processes, each with a fresh GPU context.
-    workers = min(MAX_WORKERS, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
-        for op in OPS:
-            module = importlib.import_module(f'mmvig.doctor.{op}')
-            cases = list(module.cases(args.quick))
-            print(f'\n{module.NAME + ": error of":<36}', end='')
-            print(''.join(f'{c:>9}' for c in (*module.COLUMNS, 'allowed')))
-            futures = [pool.submit(check, op, case) for case in cases]
-            for case, future in zip(cases, futures, strict=True):
-                right &= report(str(case), future.result())
+    for op in OPS:
+        module = importlib.import_module(f'mmvig.doctor.{op}')
+        print(f'\n{module.NAME + ": error of":<36}', end='')
+        print(''.join(f'{c:>9}' for c in (*module.COLUMNS, 'allowed')), flush=True)
+        cases = list(module.cases(args.quick))
+        for case, result in zip(cases, check_all(op, cases), strict=True):
+            right &= report(str(case), result)
     print('\nAll kernels are right.' if right else '\nSome kernels are WRONG on this machine.')
     return 0 if right else 1
