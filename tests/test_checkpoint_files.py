@@ -138,7 +138,7 @@ def test_nothing_in_a_file_is_executed(bomb: type, new_format: bool, tmp_path: P
 def test_a_file_that_is_a_bomb_only(tmp_path: Path) -> None:
     file = tmp_path / 'weights.pth'
     torch.save(Bomb(tmp_path / 'crater'), file)
-    with pytest.raises(ValueError, match='it holds no dict') as error:
+    with pytest.raises(ValueError, match='holds no dict of weights') as error:
         read_checkpoint(str(file))
     assert '\n' not in str(error.value)
     assert not (tmp_path / 'crater').exists()

@@ -86,7 +86,7 @@ def check_arch(arch: Arch | None, path: str) -> Arch:
     return arch
 
 
-def check_head(arch: Arch, state_dict: Mapping[str, Tensor]) -> tuple[str, str]:
+def check_head(arch: Arch, state_dict: Mapping[str, Tensor], path: str) -> tuple[str, str]:
     """Names of the classifier's norm and linear layer.
 
     Raises:
@@ -96,20 +96,19 @@ def check_head(arch: Arch, state_dict: Mapping[str, Tensor]) -> tuple[str, str]:
         for head in HEADS:
             if f'{head}.weight' in state_dict:
                 return next(n for n in NORMS[arch.type] if f'{n}.weight' in state_dict), head
-    raise ValueError(f'images are classified with ViG and ViG-H and their head, not with {arch}')
+        raise ValueError(f'{path} holds no classifier ({" or ".join(HEADS)}), only the backbone')
+    raise ValueError(f'images are classified with ViG and ViG-H, not with {arch}')
 
 
 def classify(
-    arch: Arch, backbone: nn.Module, state_dict: Mapping[str, Tensor], image: Tensor
+    backbone: nn.Module, state_dict: Mapping[str, Tensor], norm: str, head: str, image: Tensor
 ) -> Tensor:
     """Probabilities (classes,) of an image (3, H, W), with the classifier of the state dict.
 
-    Raises:
-        ValueError: If the state dict has none.
+    norm and head are the names of its layers, as `check_head` finds them.
     """
-    norm, head = check_head(arch, state_dict)
     params = {k: v.float() for k, v in state_dict.items()}
-    if arch.type == 'ViGH':  # ViG has its norm in the backbone
+    if hasattr(backbone, 'outnorm3'):  # ViGH; ViG has its norm in the backbone
         backbone.outnorm3.load_state_dict({k: params[f'{norm}.{k}'] for k in ('weight', 'bias')})
     with torch.no_grad():
         features = backbone.eval()(image[None])[-1].mean((2, 3))
@@ -141,7 +140,8 @@ def main() -> None:
     """
     args = parse_args()
     if not Path(args.file).is_file():
-        raise FileNotFoundError(f'checkpoint {args.file} is not a file')
+        found = 'is a folder, not a file' if Path(args.file).is_dir() else 'does not exist'
+        raise FileNotFoundError(f'checkpoint {args.file} {found}')
     checkpoint = read_checkpoint(args.file)
     state_dict = find_state_dict(checkpoint, args.file)
     key = weights_key(checkpoint)
@@ -163,7 +163,8 @@ def main() -> None:
     print(f'parameters  {total:,} values in the file; {params:,} parameters of the backbone')
     if args.image:
         names = ImageNetInfo()
-        scores = classify(arch, backbone, state_dict, read_image(args.image))
+        norm, head = check_head(arch, state_dict, args.file)
+        scores = classify(backbone, state_dict, norm, head, read_image(args.image))
         for score, index in zip(*(t.tolist() for t in scores.topk(TOP)), strict=True):
             print(f'{score:10.1%}  {names.index_to_description(index)}')
 

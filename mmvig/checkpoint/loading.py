@@ -80,10 +80,10 @@ def load_weights(
     try:
         fitted = fit_state_dict(state_dict, shapes)
     except ValueError as error:
-        found = guess_arch(_shapes(state_dict)) or 'none of the networks here'
-        raise ValueError(
-            f'{source} does not fit {_name(shapes, backbone)}: {error}; it looks like {found}'
-        ) from None
+        wanted = _name(shapes, backbone)
+        found = str(guess_arch(_shapes(state_dict)) or 'none of the networks here')
+        guess = 'all else fits' if found == wanted else f'it looks like {found}'
+        raise ValueError(f'{source} does not fit {wanted}: {error}; {guess}') from None
     if broken := [k for k, v in fitted.tensors.items() if not v.isfinite().all()]:
         raise ValueError(f'{source} holds NaN or infinity: {first(broken)}')
     backbone.load_state_dict({**own, **fitted.tensors})

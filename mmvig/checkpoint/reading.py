@@ -33,7 +33,7 @@ def read_checkpoint(filename: str) -> Mapping:
     """
     try:
         with get_local_path(filename) as path:
-            return _read(Path(path))
+            content = _read(Path(path))
     except FileNotFoundError:
         raise FileNotFoundError(f'no checkpoint at {filename}') from None
     except Exception as error:
@@ -42,6 +42,9 @@ def read_checkpoint(filename: str) -> Mapping:
             f'{filename} cannot be read as a checkpoint, it may be truncated or damaged: get it '
             f'again, or save its state dict alone ({reason})'
         ) from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f'{filename} holds no dict of weights but an object of another type')
+    return content
 
 
 def find_state_dict(checkpoint: Mapping, filename: str = 'checkpoint') -> dict[str, Tensor]:
@@ -70,7 +73,7 @@ def _tensors(content: object) -> dict[str, Tensor]:
     return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
 
-def _read(path: Path) -> Mapping:
+def _read(path: Path) -> object:
     with path.open('rb') as file:
         start = file.read(16)
     if zipfile.is_zipfile(path):
@@ -82,10 +85,7 @@ def _read(path: Path) -> Mapping:
     elif not start.startswith(PICKLE_START) or tarfile.is_tarfile(path):
         raise ValueError(f'neither a file of torch.save nor safetensors: it starts with {start}')
     with path.open('rb') as file:  # a file, as torch would judge a path by its suffix
-        content = torch.load(file, map_location='cpu', weights_only=False, pickle_module=inert)
-    if not isinstance(content, Mapping):
-        raise ValueError('it holds no dict')
-    return content
+        return torch.load(file, map_location='cpu', weights_only=False, pickle_module=inert)
 
 
 def _check_archive(path: Path) -> None:

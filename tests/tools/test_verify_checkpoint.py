@@ -73,7 +73,8 @@ def test_official_weights_give_the_official_probabilities(functions: dict, netwo
     backbone = functions['build_backbone'](arch, weights)
     load_weights(backbone, weights)
     image = seeded.image(2, 64, 96).float()[1]
-    found = functions['classify'](arch, backbone, weights, image)
+    layers = functions['check_head'](arch, weights, 'official.pth')
+    found = functions['classify'](backbone, weights, *layers, image)
     logits = np.load(parity.FOLDER / f'{network}_64x96.npz')['logits'][1]
     torch.testing.assert_close(found, torch.from_numpy(logits).softmax(-1), rtol=1e-3, atol=1e-6)
 
@@ -93,11 +94,14 @@ def test_files_that_are_refused(fail: Callable, tmp_path: Path) -> None:
     file = write_vig(tmp_path)
     (tmp_path / 'cut.pth').write_bytes(file.read_bytes()[:5000])
     assert 'cut.pth cannot be read as a checkpoint' in fail(NAME, tmp_path / 'cut.pth')
-    assert 'none.pth is not a file' in fail(NAME, tmp_path / 'none.pth')
+    assert 'none.pth does not exist' in fail(NAME, tmp_path / 'none.pth')
+    assert f'{tmp_path} is a folder, not a file' in fail(NAME, tmp_path)
+    torch.save(torch.zeros(1), tmp_path / 'tensor.pth')
+    assert 'tensor.pth holds no dict of weights' in fail(NAME, tmp_path / 'tensor.pth')
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / 'linear.pth')
     assert 'linear.pth is of none of the networks here' in fail(NAME, tmp_path / 'linear.pth')
     other = write_vig(tmp_path, extra=torch.zeros(1))
-    assert 'does not fit ViG tiny: unexpected: extra' in fail(NAME, other)
+    assert 'does not fit ViG tiny: unexpected: extra; all else fits' in fail(NAME, other)
 
 
 def test_images_that_are_refused(fail: Callable, tmp_path: Path) -> None:
@@ -108,4 +112,4 @@ def test_images_that_are_refused(fail: Callable, tmp_path: Path) -> None:
     weights = MODELS.build(dict(type='ViG', arch='tiny', final_norm=False)).state_dict()
     torch.save(weights, tmp_path / 'trunk.pth')
     line = fail(NAME, tmp_path / 'trunk.pth', tmp_path / 'image.png')
-    assert 'and their head, not with ViG tiny' in line
+    assert 'trunk.pth holds no classifier (head or classifier.head), only the backbone' in line
