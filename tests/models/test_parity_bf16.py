@@ -13,9 +13,10 @@ from mmvig.checkpoint import load_weights
 from mmvig.kernels import bidirectional_gla
 from tests import parity
 
+# Relative errors allowed. In stage 3 the inputs' rounding alone makes 1.9e-2, the GPU kernel 2.2e-2.
 OUTPUTS = {
-    'vig_tiny': ('ViG', ['features']),
-    'vig_h_tiny': ('ViGH', ['stage0', 'stage1', 'stage2', 'stage3']),
+    'vig_tiny': ('ViG', dict(features=2e-2)),
+    'vig_h_tiny': ('ViGH', dict(stage0=2e-2, stage1=2e-2, stage2=2e-2, stage3=2.5e-2)),
 }
 
 
@@ -29,7 +30,7 @@ def in_bfloat16(q, k, v, *gates: torch.Tensor) -> torch.Tensor:
 def test_official_features(network: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('mmvig.models.layers.mixer.bidirectional_gla', in_bfloat16)
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
-    type_, names = OUTPUTS[network]
+    type_, limits = OUTPUTS[network]
     seeded = parity.seeded()
     model = MODELS.build(dict(type=type_, arch='tiny')).eval()
     load_weights(model, {k: v.float() for k, v in seeded.fill(parity.keys(network)).items()})
@@ -38,7 +39,7 @@ def test_official_features(network: str, device: str, monkeypatch: pytest.Monkey
     with torch.no_grad():
         outs = model.to(device)(seeded.image(2, 64, 96).float().to(device))
     expected = np.load(parity.FOLDER / f'{network}_64x96.npz')
-    for name, out in zip(names, outs, strict=True):
+    for (name, limit), out in zip(limits.items(), outs, strict=True):
         target = torch.from_numpy(expected[name])
         error = (out.cpu() - target).norm() / target.norm()
-        assert 1e-4 < error < 2e-2, name  # below 1e-4, nothing was in bfloat16
+        assert 1e-4 < error < limit, name  # below 1e-4, nothing was in bfloat16
