@@ -13,7 +13,7 @@ from mmvig.checkpoint import load_weights
 from mmvig.kernels import bidirectional_gla
 from tests import parity
 
-# Relative errors allowed. In stage 3 the inputs' rounding alone makes 1.9e-2, the GPU kernel 2.2e-2.
+# Relative errors allowed. In stage 3 rounding the inputs makes 1.9e-2, the GPU kernel 2.2e-2.
 OUTPUTS = {
     'vig_tiny': ('ViG', dict(features=2e-2)),
     'vig_h_tiny': ('ViGH', dict(stage0=2e-2, stage1=2e-2, stage2=2e-2, stage3=2.5e-2)),
