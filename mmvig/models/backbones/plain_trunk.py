@@ -13,6 +13,7 @@ from mmvig.models.layers.embed import (
     PosEmbedResizer,
     check_image,
     pad_to_multiple,
+    to_conv_input,
     to_map,
     to_tokens,
 )
@@ -82,7 +83,8 @@ class PlainTrunk(BaseModule):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image batch (B, in_channels, H, W) to a map (B, C, h, w) per out index.
 
-        h and w are H and W by the patch size, rounded up (zeros are added right and bottom).
+        h and w are H and W by the patch size, rounded up (zeros are added right and bottom). The
+        maps are channels last in memory.
 
         Raises:
             ValueError: For other channels, or an image smaller than a patch.
@@ -93,13 +95,13 @@ class PlainTrunk(BaseModule):
             x = self.forward_blocks(x, hw, start, index + 1)
             start = index + 1
             is_last = start == len(self.blocks)
-            outs.append(to_map(self.norm(x) if self.norm and is_last else x, hw).contiguous())
+            outs.append(to_map(self.norm(x) if self.norm and is_last else x, hw))
         return tuple(outs)
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Image batch (B, in_channels, H, W) to tokens (B, N, C) with positions, and (h, w)."""
         check_image(x, self.in_channels, self.patch_size)
-        x = self.patch_embed(pad_to_multiple(x, self.patch_size))
+        x = self.patch_embed(to_conv_input(pad_to_multiple(x, self.patch_size)))
         hw = (x.shape[2], x.shape[3])
         x = to_tokens(x)
         return x if self.pos_embed is None else x + self._resize_pos_embed(self.pos_embed, hw), hw

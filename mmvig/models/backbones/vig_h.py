@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmvig.checkpoint import init_pretrained
 from mmvig.models.backbones.vig import ViGBlock
-from mmvig.models.layers.embed import check_image, to_map, to_tokens
+from mmvig.models.layers.embed import check_image, to_conv_input, to_map, to_tokens
 from mmvig.models.utils import ascending_indices, drop_path_rates, parse_arch
 
 EPS = 1e-5
@@ -143,18 +143,20 @@ class ViGH(BaseModule):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image batch (B, in_channels, H, W) to a map (B, C_i, h_i, w_i) per out index.
 
+        The maps are channels last in memory.
+
         Raises:
             ValueError: For other channels, or an image smaller than a patch of the stem.
         """
         check_image(x, self.in_channels, STEM_STRIDE)
-        x = self.patch_embed(x)
+        x = self.patch_embed(to_conv_input(x))
         outs = []
         for index in range(self.out_indices[-1] + 1):
             stage, hw = self.stages[index], (x.shape[2], x.shape[3])
             tokens = self._run_blocks(stage, to_tokens(x), hw)
             if index in self.out_indices:
                 norm = getattr(self, f'outnorm{index}')
-                outs.append(to_map(norm(tokens), hw).contiguous())
+                outs.append(to_map(norm(tokens), hw))
             if index < self.out_indices[-1]:
                 x = stage.downsample(to_map(tokens, hw))
         return tuple(outs)

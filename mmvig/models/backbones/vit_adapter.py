@@ -16,8 +16,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvig.checkpoint import init_pretrained
-from mmvig.models.layers.deform_attn import DeformableAttention, Levels
-from mmvig.models.layers.embed import check_image, pad_to_multiple, to_map, to_tokens
+from mmvig.models.layers.deform_attn import DeformableAttention, Levels, make_levels
+from mmvig.models.layers.embed import (
+    autocast_dtype,
+    check_image,
+    pad_to_multiple,
+    to_conv_input,
+    to_map,
+    to_tokens,
+)
 from mmvig.models.layers.ffn import ConvFFN
 from mmvig.models.layers.spatial_prior import SpatialPriorModule, init_conv
 from mmvig.models.utils import ascending_indices
@@ -36,9 +43,9 @@ class Injector(nn.Module):
         self.attn = DeformableAttention(dims, num_heads, 3, num_points, value_ratio)
         self.gamma = nn.Parameter(torch.zeros(dims))
 
-    def forward(self, x: Tensor, points: Tensor, c: Tensor, pyramid: Levels) -> Tensor:
-        """x (B, N, C) with reference points (N, 2), c (B, S, C) of three levels, to (B, N, C)."""
-        return x + self.gamma * self.attn(self.query_norm(x), points, self.feat_norm(c), pyramid)
+    def forward(self, x: Tensor, c: Tensor, grid: Levels, pyramid: Levels) -> Tensor:
+        """x (B, N, C) of the grid, c (B, S, C) of the pyramid's three levels, to (B, N, C)."""
+        return x + self.gamma * self.attn(self.query_norm(x), self.feat_norm(c), grid, pyramid)
 
 
 class Extractor(nn.Module):
@@ -61,11 +68,9 @@ class Extractor(nn.Module):
         self.ffn_norm = nn.LayerNorm(dims, eps=EPS)
         self.drop_path = DropPath(drop_path)
 
-    def forward(
-        self, c: Tensor, points: Tensor, x: Tensor, grid: Levels, pyramid: Levels
-    ) -> Tensor:
-        """c (B, S, C) of the pyramid with points (S, 2), x (B, N, C) of the grid, to (B, S, C)."""
-        c = c + self.attn(self.query_norm(c), points, self.feat_norm(x), grid)
+    def forward(self, c: Tensor, x: Tensor, grid: Levels, pyramid: Levels) -> Tensor:
+        """c (B, S, C) of the pyramid, x (B, N, C) of the grid, to (B, S, C)."""
+        c = c + self.attn(self.query_norm(c), self.feat_norm(x), pyramid, grid)
         return c + self.drop_path(self.ffn(self.ffn_norm(c), pyramid.shapes))
 
 
@@ -78,12 +83,10 @@ class Interaction(nn.Module):
         self.extractor = extractor
         self.extra_extractors = nn.ModuleList(extra) if extra else None
 
-    def extract(
-        self, c: Tensor, points: Tensor, x: Tensor, grid: Levels, pyramid: Levels
-    ) -> Tensor:
+    def extract(self, c: Tensor, x: Tensor, grid: Levels, pyramid: Levels) -> Tensor:
         """Runs the extractors in turn; arguments as of `Extractor.forward`."""
         for extractor in (self.extractor, *(self.extra_extractors or ())):
-            c = extractor(c, points, x, grid, pyramid)
+            c = extractor(c, x, grid, pyramid)
         return c
 
 
@@ -167,43 +170,44 @@ class ViTAdapter(BaseModule):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image batch (B, in_channels, H, W) to a map (B, C, H / s, W / s) per out index.
 
-        Strides s are 4, 8, 16 and 32; sides are rounded up where they are no multiples of one.
+        Strides s are 4, 8, 16 and 32; sides are rounded up where they are no multiples of one. The
+        maps are channels last in memory and, under autocast, of its dtype.
 
         Raises:
             ValueError: For other channels, or an image smaller than a patch.
         """
         check_image(x, self.trunk.in_channels, self.trunk.patch_size)
         sizes = [(-(-x.shape[2] // s), -(-x.shape[3] // s)) for s in STRIDES]
-        x = pad_to_multiple(x, STRIDES[-1])
+        x = to_conv_input(pad_to_multiple(x, STRIDES[-1]))
 
         c1, *maps = self.spm(x)
-        pyramid = Levels([(m.shape[2], m.shape[3]) for m in maps], x.device)
+        pyramid = make_levels([(m.shape[2], m.shape[3]) for m in maps], x.device)
         c = torch.cat([to_tokens(m) + e for m, e in zip(maps, self.level_embed, strict=True)], 1)
         c, token_maps = self._interact(*self.trunk.embed(x), c, pyramid)
 
-        maps = [
-            to_map(t, hw) for t, hw in zip(c.split(pyramid.sizes, 1), pyramid.shapes, strict=True)
-        ]
+        c = c.to(autocast_dtype(c))  # once; transposed conv, and convs behind the backbone, do so
+        levels = zip(c.split(pyramid.sizes, 1), pyramid.shapes, strict=True)
+        maps = [to_map(level, hw) for level, hw in levels]
         outs = []
         for i in self.out_indices:
             m = maps[i - 1] if i > 0 else self.up(maps[0]) + c1
             tokens = token_maps[i if self.token_maps == 'each' else -1]
             norm = getattr(self, f'norm{i + 1}')
-            out = norm(m + _resize(tokens, (m.shape[2], m.shape[3])))
-            outs.append(out[:, :, : sizes[i][0], : sizes[i][1]].contiguous())
+            out = norm(m + _resize(tokens, (m.shape[2], m.shape[3])).to(m.dtype))
+            out = out[:, :, : sizes[i][0], : sizes[i][1]]
+            outs.append(out.contiguous(memory_format=torch.channels_last))
         return tuple(outs)
 
     def _interact(
         self, x: Tensor, hw: tuple[int, int], c: Tensor, pyramid: Levels
     ) -> tuple[Tensor, list[Tensor]]:
         """Runs trunk and interactions: the pyramid (B, S, C), and the token map after each."""
-        grid = Levels([hw], x.device)
-        x_points, c_points = grid.centers(), pyramid.centers()
+        grid = make_levels([hw], x.device)
         token_maps = []
         for part, (first, last) in zip(self.interactions, self.interaction_indexes, strict=True):
-            x = self._run(part.injector, x, x_points, c, pyramid)
+            x = self._run(part.injector, x, c, grid, pyramid)
             x = self.trunk.forward_blocks(x, hw, first, last + 1)
-            c = self._run(part.extract, c, c_points, x, grid, pyramid)
+            c = self._run(part.extract, c, x, grid, pyramid)
             token_maps.append(to_map(x, hw))
         return c, token_maps
 

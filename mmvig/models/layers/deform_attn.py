@@ -4,37 +4,84 @@ Shape legend: B batch, Q queries, S value tokens of L levels, C channels, H head
 """
 
 import math
+from collections import OrderedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmvig.kernels import ms_deform_attn
+from mmvig.models.layers.embed import is_capturing
+
+# lists of sizes whose tables are kept; the largest of them are 8 bytes a token
+MAX_LEVELS = 64
 
 
 class Levels:
-    """Sizes of a list of maps whose tokens are concatenated, and their pixel centres.
+    """Sizes of a list of maps whose tokens are concatenated, and what attention needs to know.
+
+    Made by `make_levels`, once per list of sizes. All tensors lie on one device and are filled
+    there, without a copy from the host that would wait for the device.
 
     Args:
         shapes: (height, width) of each level.
         device: Device of the tensors.
+
+    Attributes:
+        sizes: Tokens of each level.
+        spatial_shapes: (L, 2) int64, (height, width).
+        start_index: (L,) int64, first token of each level.
+        pixel: (L, 1, 2) float32, (width, height) of a level's pixel, as shares of the map's.
+        centers: (S, 1, 1, 1, 2) float32, the centre (x, y) of every token's pixel, 0 to 1 across
+            its map.
     """
 
-    def __init__(self, shapes: list[tuple[int, int]], device: torch.device) -> None:
+    def __init__(self, shapes: tuple[tuple[int, int], ...], device: torch.device) -> None:
         self.shapes = shapes
         self.sizes = [h * w for h, w in shapes]
         starts = [sum(self.sizes[:i]) for i in range(len(shapes))]
-        self.spatial_shapes = torch.tensor(shapes, dtype=torch.long, device=device)
-        self.start_index = torch.tensor(starts, dtype=torch.long, device=device)
 
-    def centers(self) -> Tensor:
-        """(S, 2): the centre (x, y) of every token's pixel, 0 to 1 across its map."""
-        device = self.spatial_shapes.device
-        grids = []
-        for h, w in self.shapes:
-            y = (torch.arange(h, device=device) + 0.5) / h
-            x = (torch.arange(w, device=device) + 0.5) / w
-            grids.append(torch.stack(torch.meshgrid(y, x, indexing='ij')[::-1], -1).flatten(0, 1))
-        return torch.cat(grids)
+        def filled(values: list[int], dtype: torch.dtype) -> Tensor:
+            return torch.stack([torch.full((), v, dtype=dtype, device=device) for v in values])
+
+        sides = [side for shape in shapes for side in shape]
+        self.spatial_shapes = filled(sides, torch.long).unflatten(0, (-1, 2))
+        self.start_index = filled(starts, torch.long)
+        self.pixel = 1 / self.spatial_shapes.float().flip(-1)[:, None]
+        grids = [_pixel_centers(h, w, device) for h, w in shapes]
+        self.centers = torch.cat(grids)[:, None, None, None]
+
+
+def _pixel_centers(h: int, w: int, device: torch.device) -> Tensor:
+    """(h * w, 2), float32, (x, y) of a map's pixels, 0 to 1 across it."""
+    y = (torch.arange(h, device=device) + 0.5) / h
+    x = (torch.arange(w, device=device) + 0.5) / w
+    return torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).flatten(0, 1)
+
+
+_LEVELS: OrderedDict[tuple, Levels] = OrderedDict()
+
+
+def make_levels(shapes: list[tuple[int, int]], device: torch.device) -> Levels:
+    """`Levels`, from a cache of the last sizes; in a compiled graph they are part of it."""
+    key = (tuple(shapes), device)
+    if torch.compiler.is_compiling():
+        return Levels(*key)
+    if key not in _LEVELS:
+        with torch.inference_mode(False):  # training, too, may use what inference has made
+            levels = Levels(*key)
+        if type(levels.centers) is not Tensor or is_capturing(device):
+            return levels  # tensors without values, or in the memory of a CUDA graph
+        _LEVELS[key] = levels
+        while len(_LEVELS) > MAX_LEVELS:
+            _LEVELS.popitem(last=False)
+    _LEVELS.move_to_end(key)
+    return _LEVELS[key]
+
+
+def cached_levels() -> list[Levels]:
+    """All that are cached: a CUDA graph that reads them has to keep them."""
+    return list(_LEVELS.values())
 
 
 class DeformableAttention(nn.Module):
@@ -76,28 +123,40 @@ class DeformableAttention(nn.Module):
         self.output_proj = nn.Linear(value_dims, embed_dims)
         self._reset_parameters()
 
-    def forward(self, query: Tensor, points: Tensor, feat: Tensor, levels: Levels) -> Tensor:
-        """Samples features around each query's reference point.
+    def forward(self, query: Tensor, feat: Tensor, grid: Levels, levels: Levels) -> Tensor:
+        """Samples features around each query's reference point, the centre of its pixel.
 
         Args:
-            query: (B, Q, C).
-            points: (Q, 2), the queries' reference points, (x, y), 0 to 1 across every level.
+            query: (B, Q, C), tokens of `grid`.
             feat: (B, S, C), tokens of `levels`.
+            grid: The levels of the queries.
             levels: The L levels of `feat`.
 
         Returns:
             (B, Q, C).
         """
-        heads = (self.num_heads, self.num_levels, self.num_points)
         value = self.value_proj(feat).unflatten(-1, (self.num_heads, -1))
-        offsets = self.sampling_offsets(query).float().unflatten(-1, (*heads, 2))
-        # offsets are in pixels of their level
-        locations = points[:, None, None, None] + offsets / levels.spatial_shapes.flip(-1)[:, None]
-        logits = self.attention_weights(query).float()
-        weights = logits.unflatten(-1, (self.num_heads, -1)).softmax(-1).unflatten(-1, heads[1:])
+        locations, weights = self._points(query, grid.centers, levels.pixel)
         return self.output_proj(
             ms_deform_attn(value, levels.spatial_shapes, levels.start_index, locations, weights)
         )
+
+    def _points(self, query: Tensor, centers: Tensor, pixel: Tensor) -> tuple[Tensor, Tensor]:
+        """Locations (B, Q, H, L, P, 2) and weights (B, Q, H, L, P), in float32 at least."""
+        heads = (self.num_heads, self.num_levels, self.num_points)
+        linears = (self.sampling_offsets, self.attention_weights)
+        # one product for both: the query is read, and under autocast cast, only once
+        samples = F.linear(
+            query,
+            torch.cat([linear.weight for linear in linears]),
+            torch.cat([linear.bias for linear in linears]),
+        )
+        offsets, logits = samples.split([linear.out_features for linear in linears], -1)
+        # offsets are in pixels of their level
+        locations = centers + offsets.unflatten(-1, (*heads, 2)) * pixel
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        weights = logits.unflatten(-1, (self.num_heads, -1)).softmax(-1, dtype=dtype)
+        return locations, weights.unflatten(-1, heads[1:])
 
     def _reset_parameters(self) -> None:
         """Heads look in evenly spread directions, point i at distance i + 1; equal weights."""

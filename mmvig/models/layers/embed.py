@@ -22,6 +22,12 @@ def to_tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether operators on the device are recorded in a CUDA graph at present."""
+    on_gpu = device.type == 'cuda' and torch.cuda.is_initialized()
+    return on_gpu and torch.cuda.is_current_stream_capturing()
+
+
 def check_image(x: Tensor, in_channels: int, patch_size: int) -> None:
     """Raises ValueError where (B, C, H, W) has other channels, or a side shorter than a patch."""
     if x.dim() != 4 or x.shape[1] != in_channels:
@@ -40,6 +46,24 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Pads (B, C, H, W) with zeros, right and bottom, to multiples of `multiple` pixels."""
     pad_h, pad_w = -x.shape[2] % multiple, -x.shape[3] % multiple
     return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h or pad_w else x
+
+
+def to_conv_input(x: Tensor) -> Tensor:
+    """The image (B, C, H, W) as convs on a GPU want it: channels last, and cast if autocast would.
+
+    Casting once serves every conv that reads it, and what convs make of a channels-last map are
+    tokens without a copy.
+    """
+    dtype = autocast_dtype(x)
+    return x.to(dtype=dtype, memory_format=torch.channels_last)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What autocast makes of x before a product: its own dtype where it is off."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 class ConvPatchEmbed(nn.Module):
@@ -75,7 +99,8 @@ def resize_pos_embed(pos_embed: Tensor, hw: tuple[int, int]) -> Tensor:
     side = math.isqrt(pos_embed.shape[1])
     if side * side != pos_embed.shape[1]:
         raise ValueError(f'position embedding of {pos_embed.shape[1]} tokens is no square grid')
-    if hw == (side, side):
+    # in a compiled graph, which serves any size, resizing to the same one costs less than a graph
+    if not torch.compiler.is_compiling() and hw == (side, side):
         return pos_embed
     grid = to_map(pos_embed.float(), (side, side))
     grid = F.interpolate(grid, size=hw, mode='bicubic', align_corners=False)
@@ -100,8 +125,9 @@ class PosEmbedResizer:
         """(1, M * M, C) to (1, h * w, C)."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or pos_embed.is_meta:
             return resize_pos_embed(pos_embed, hw)
-        if pos_embed.is_inference():
-            return resize_pos_embed(pos_embed, hw)  # inference tensors count no versions
+        # inference tensors count no versions; a CUDA graph outlives this cache, and the weights
+        if pos_embed.is_inference() or is_capturing(pos_embed.device):
+            return resize_pos_embed(pos_embed, hw)
         # an optimizer step or a loaded checkpoint changes the version, a move the pointer
         key = (hw, pos_embed.dtype, pos_embed.device, pos_embed.data_ptr(), pos_embed._version)
         if key not in self._cache:
