@@ -1,7 +1,8 @@
 """Bidirectional gated linear attention: checks, autograd, dispatch.
 
-`torch.ops.mmvig.bidirectional_gla` is the fused operator, in Triton, for CUDA tensors; everything
-else takes `bigla_chunked`, the same function in plain PyTorch.
+`torch.ops.mmvig.bidirectional_gla` is the fused operator, in Triton for CUDA tensors; everything
+else takes `bigla_chunked`, the same function in plain PyTorch. Compiled code always has the
+operator: the plain form recurses over the tokens, whose number a compiled graph leaves open.
 """
 
 from functools import partial
@@ -55,9 +56,9 @@ def bidirectional_gla(
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     args = (q, k, v, log_gate_fwd, log_gate_bwd, scale)
-    if not _has_kernel(q, log_gate_fwd, log_gate_bwd):
-        return bigla_chunked.bidirectional_gla(*args)
-    return torch.ops.mmvig.bidirectional_gla(*args)
+    if _has_kernel(q, log_gate_fwd, log_gate_bwd) or torch.compiler.is_compiling():
+        return torch.ops.mmvig.bidirectional_gla(*args)
+    return bigla_chunked.bidirectional_gla(*args)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor) -> None:
@@ -85,17 +86,24 @@ def _has_kernel(q: Tensor, gf: Tensor, gb: Tensor) -> bool:
     return q.is_cuda and sizes and all(x.dtype in DTYPES for x in (q, gf, gb))
 
 
+def _has_trusted_kernel(q: Tensor, v: Tensor, gf: Tensor, gb: Tensor, gradients: bool) -> bool:
+    """Whether there is a kernel for these arguments, and it passed its self-check."""
+    if not _has_kernel(q, gf, gb):
+        return False
+    from mmvig.kernels.bigla_trust import trusted
+
+    return trusted(q.device, q.dtype, gf.dtype, q.shape[-1], v.shape[-1], gradients)
+
+
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@torch.library.custom_op('mmvig::bidirectional_gla', mutates_args=(), device_types='cuda')
+@torch.library.custom_op('mmvig::bidirectional_gla', mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float) -> Tensor:
-    # Imported here since PyTorch builds for the CPU come without Triton.
-    from mmvig.kernels.bigla_trust import trusted
-
-    if not trusted(q.device, q.dtype, gf.dtype, q.shape[-1], v.shape[-1], False):
+    if not _has_trusted_kernel(q, v, gf, gb, False):
         return bigla_chunked.bidirectional_gla(q, k, v, gf, gb, scale).contiguous()
+    # Imported here since PyTorch builds for the CPU come without Triton.
     from mmvig.kernels.bigla_fwd import forward
 
     return forward(*(_unit_stride(x) for x in (q, k, v, gf, gb)), scale)
@@ -106,13 +114,11 @@ def _(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float) -> 
     return q.new_empty(v.shape)
 
 
-@torch.library.custom_op('mmvig::bidirectional_gla_backward', mutates_args=(), device_types='cuda')
+@torch.library.custom_op('mmvig::bidirectional_gla_backward', mutates_args=())
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from mmvig.kernels.bigla_trust import trusted
-
-    if not trusted(q.device, q.dtype, gf.dtype, q.shape[-1], v.shape[-1], True):
+    if not _has_trusted_kernel(q, v, gf, gb, True):
         return chunked_backward(q, k, v, gf, gb, do, scale)
     from mmvig.kernels.bigla_bwd import backward
 
