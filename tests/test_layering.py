@@ -25,6 +25,11 @@ ON_DEMAND = {
     'mmvig.datasets.camvid',
     'mmvig.datasets.shapes_det',
     'mmvig.datasets.shapes_seg',
+    'mmvig.models.rcnn.bbox_head',
+    'mmvig.models.rcnn.mask_head',
+    'mmvig.models.rcnn.roi_extractor',
+    'mmvig.models.rcnn.roi_head',
+    'mmvig.models.rcnn.rpn_head',
 }
 FILES = {
     **{f'mmvig.kernels.{path.stem}': path for path in (ROOT / 'kernels').glob('*.py')},

@@ -12,6 +12,7 @@ train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='Resize', scale=(1333, 800), keep_ratio=True),
+    dict(type='PackMasks'),
     dict(type='PackDetInputs'),
 ]
 train_dataloader = dict(
@@ -39,6 +40,7 @@ train_cfg = dict(max_epochs=1)
 optim_wrapper = dict(
     type='AmpOptimWrapper',
     dtype='bfloat16',
+    loss_scale=dict(enabled=False),  # bfloat16 has float32's range
     optimizer=dict(lr=5e-4),
     paramwise_cfg=dict(layer_decay_rate=1.0),
     clip_grad=dict(max_norm=1.0),

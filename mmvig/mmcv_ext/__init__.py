@@ -4,6 +4,6 @@
 names, arguments and in-place outputs of mmcv's C++ ones; `table.py` lists them.
 """
 
-from mmvig.mmcv_ext.finder import install
+from mmvig.mmcv_ext.finder import install, stands_in
 
-__all__ = ['install']
+__all__ = ['install', 'stands_in']

@@ -6,11 +6,13 @@ One finder at the end of `sys.meta_path`: Python's own finders are asked first, 
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _NAME = 'mmcv._ext'
+_ORIGIN = 'mmvig.mmcv_ext'
 
 
 class StandInLoader(Loader):
@@ -41,7 +43,7 @@ class StandInFinder(MetaPathFinder):
         """Returns the stand-in's spec for `mmcv._ext`, None for every other name."""
         if fullname != _NAME:
             return None
-        return ModuleSpec(fullname, StandInLoader(), origin='mmvig.mmcv_ext')
+        return ModuleSpec(fullname, StandInLoader(), origin=_ORIGIN)
 
 
 def install() -> None:
@@ -52,3 +54,8 @@ def install() -> None:
     """
     if not any(isinstance(finder, StandInFinder) for finder in sys.meta_path):
         sys.meta_path.append(StandInFinder())
+
+
+def stands_in() -> bool:
+    """Whether `mmcv._ext` is the stand-in, whose RoIAlign takes boxes wider than the maps."""
+    return import_module(_NAME).__spec__.origin == _ORIGIN

@@ -107,7 +107,7 @@ def test_detection_batches(shapes_kwargs: dict):
     assert [len(batch['inputs']) for batch in train] == [4, 1]
     for sample in train[0]['data_samples']:
         assert sample.gt_instances.labels.max() < len(CLASSES)
-        assert sample.gt_instances.masks.masks.any(axis=(1, 2)).all()
+        assert sample.gt_instances.masks.to_ndarray().any(axis=(1, 2)).all()
     val = batches(cfg, 'val_dataloader')[0]['data_samples'][0]
     assert val.ori_shape == (96, 128)
 

@@ -1,5 +1,6 @@
 # Mask R-CNN with a feature pyramid of 256 channels and 5 levels, as in mmdet's 1x recipes.
-# A child gives the backbone and the neck's in_channels.
+# A child gives the backbone and the neck's in_channels. Heads of the same names without Batched,
+# Float32 or Packed are mmdet's: equal in float32, twice the step's time (docs/benchmarks.md).
 box_coder = dict(type='DeltaXYWHBBoxCoder', target_means=[0.0, 0.0, 0.0, 0.0])
 nms = dict(type='nms', iou_threshold=0.7)
 strides = [4, 8, 16, 32]
@@ -13,10 +14,11 @@ model = dict(
         bgr_to_rgb=True,
         pad_mask=True,
         pad_size_divisor=32,
+        non_blocking=True,  # the loaders pin their batches
     ),
     neck=dict(type='FPN', out_channels=256, num_outs=5),
     rpn_head=dict(
-        type='RPNHead',
+        type='BatchedRPNHead',
         in_channels=256,
         feat_channels=256,
         anchor_generator=dict(
@@ -27,15 +29,15 @@ model = dict(
         loss_bbox=dict(type='L1Loss', loss_weight=1.0),
     ),
     roi_head=dict(
-        type='StandardRoIHead',
+        type='BatchedRoIHead',
         bbox_roi_extractor=dict(
-            type='SingleRoIExtractor',
+            type='Float32RoIExtractor',
             roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0),
             out_channels=256,
             featmap_strides=strides,
         ),
         bbox_head=dict(
-            type='Shared2FCBBoxHead',
+            type='BatchedBBoxHead',
             in_channels=256,
             fc_out_channels=1024,
             roi_feat_size=7,
@@ -46,13 +48,13 @@ model = dict(
             loss_bbox=dict(type='L1Loss', loss_weight=1.0),
         ),
         mask_roi_extractor=dict(
-            type='SingleRoIExtractor',
+            type='Float32RoIExtractor',
             roi_layer=dict(type='RoIAlign', output_size=14, sampling_ratio=0),
             out_channels=256,
             featmap_strides=strides,
         ),
         mask_head=dict(
-            type='FCNMaskHead',
+            type='PackedMaskHead',
             num_convs=4,
             in_channels=256,
             conv_out_channels=256,
