@@ -1,16 +1,20 @@
 """Multi-scale deformable attention: checks, autograd, dispatch.
 
-`torch.ops.mmvig.ms_deform_attn` is the operator: in Triton for CUDA tensors, else plain PyTorch.
-Eager code on the CPU takes `reference` itself, which is differentiable any number of times.
+`torch.ops.mmvig.ms_deform_attn` is the operator for compiled code. Eager code takes the same
+kernels through an autograd function, which spares the host a third of its time, or, where there is
+no kernel, `reference` itself, which is differentiable any number of times.
 """
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmvig.kernels import ms_deform_attn_plain, reference
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PLAIN_TYPES = (Tensor, nn.Parameter)
 
 
 def ms_deform_attn(
@@ -53,9 +57,10 @@ def ms_deform_attn(
         value = value.to(torch.get_autocast_dtype(device))
     args = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     _check(*args)
-    if value.is_cuda or torch.compiler.is_compiling():
+    # Tensors of other types stand for others: those of torch.export, for example.
+    if torch.compiler.is_compiling() or (value.is_cuda and type(value) not in PLAIN_TYPES):
         return torch.ops.mmvig.ms_deform_attn(*args)
-    return _plain(*args)
+    return _Eager.apply(*args) if _has_kernel(value, sampling_locations) else _plain(*args)
 
 
 def _check(
@@ -121,20 +126,31 @@ def _plain(
 
 def _has_kernel(value: Tensor, locations: Tensor) -> bool:
     """Whether the Triton kernels cover these arguments; they number samples with int32."""
-    sizes = value.numel() > 0 and locations.numel() > 0 and value.shape[-1] <= MAX_HEAD_DIM
-    return value.is_cuda and sizes and value.dtype in DTYPES and locations[0].numel() < 2**32
+    if not value.is_cuda or value.dtype not in DTYPES or value.shape[-1] > MAX_HEAD_DIM:
+        return False
+    samples = locations.numel()
+    return value.numel() > 0 and samples > 0 and samples // locations.shape[0] < 2**32
+
+
+def _launch(*args: Tensor) -> Tensor:
+    # Imported here since PyTorch builds for the CPU come without Triton.
+    from mmvig.kernels.ms_deform_attn_fwd import forward
+
+    return forward(*args)
+
+
+def _launch_backward(*args: Tensor | bool) -> tuple[Tensor, Tensor, Tensor]:
+    from mmvig.kernels.ms_deform_attn_bwd import backward
+
+    return backward(*args, torch.are_deterministic_algorithms_enabled())
 
 
 @torch.library.custom_op('mmvig::ms_deform_attn', mutates_args=())
 def _forward(
     value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor
 ) -> Tensor:
-    if not _has_kernel(value, locations):
-        return _plain(value, shapes, starts, locations, weights)
-    # Imported here since PyTorch builds for the CPU come without Triton.
-    from mmvig.kernels.ms_deform_attn_fwd import forward
-
-    return forward(value, shapes, starts, locations, weights)
+    launch = _launch if _has_kernel(value, locations) else _plain
+    return launch(value, shapes, starts, locations, weights)
 
 
 @_forward.register_fake
@@ -156,11 +172,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to value, locations and weights; those not needed are empty."""
     if _has_kernel(value, locations):
-        from mmvig.kernels.ms_deform_attn_bwd import backward
-
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        args = (value, shapes, starts, locations, weights, grad, needs_value, needs_points)
-        return backward(*args, deterministic)
+        return _launch_backward(
+            value, shapes, starts, locations, weights, grad, needs_value, needs_points
+        )
     needs = (needs_value, needs_points, needs_points)
     if value.numel() and locations.numel():
         grads = ms_deform_attn_plain.backward(value, shapes, starts, locations, weights, grad)
@@ -191,10 +205,16 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tenso
 
 
 def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
+    return _gradients(torch.ops.mmvig.ms_deform_attn_backward, ctx, grad)
+
+
+def _gradients(
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    ctx: torch.autograd.function.FunctionCtx,
+    grad: Tensor,
+) -> tuple:
     needs_value, _, _, *needs_points = ctx.needs_input_grad
-    value, *points = torch.ops.mmvig.ms_deform_attn_backward(
-        *ctx.saved_tensors, grad, needs_value, any(needs_points)
-    )
+    value, *points = backward(*ctx.saved_tensors, grad, needs_value, any(needs_points))
     points = [x if need else None for x, need in zip(points, needs_points, strict=True)]
     return value if needs_value else None, None, None, *points
 
@@ -208,3 +228,16 @@ def _refuse(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> None:
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(_refuse)
+
+
+class _Eager(torch.autograd.Function):
+    """The kernels without the dispatcher, on the GPU."""
+
+    forward = staticmethod(_launch)
+    setup_context = staticmethod(_save)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
+        if torch.is_grad_enabled():  # with a graph of its own, at whose end the operator refuses
+            return _differentiate(ctx, grad)
+        return _gradients(_launch_backward, ctx, grad)
