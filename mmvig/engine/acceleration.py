@@ -1,0 +1,51 @@
+"""Hooks that make the backbone of a training or test run faster."""
+
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from mmvig.engine.backbones import compile_backbone, find_backbone
+from mmvig.engine.cuda_graphs import use_cuda_graphs
+
+
+@HOOKS.register_module()
+class CompileBackboneHook(Hook):
+    """Compiles the backbone, and leaves neck, heads and losses as they are.
+
+    mmengine's own `compile=` in a config compiles whole steps of detectors, which break into many
+    graphs and are compiled anew at each number of boxes. Checkpoints are the same with and without.
+
+    In a config: `custom_hooks = [dict(type='CompileBackboneHook')]`.
+
+    Args:
+        mode, dynamic, backend: As of `compile_backbone`.
+    """
+
+    def __init__(
+        self, mode: str = 'default', dynamic: bool | None = None, backend: str = 'inductor'
+    ) -> None:
+        self.settings = dict(mode=mode, dynamic=dynamic, backend=backend)
+
+    def before_run(self, runner: Runner) -> None:
+        """Compiles at the next call of the backbone."""
+        compile_backbone(find_backbone(runner.model), **self.settings)
+
+
+@HOOKS.register_module()
+class CudaGraphHook(Hook):
+    """Replays CUDA graphs of the backbone in validation and test; training stays as it is.
+
+    In a config: `custom_hooks = [dict(type='CudaGraphHook')]`.
+
+    Args:
+        max_graphs: Input sizes whose graphs are kept; see `CudaGraphs`.
+    """
+
+    priority = 'LOW'  # after CompileBackboneHook, whose result is recorded
+
+    def __init__(self, max_graphs: int = 16) -> None:
+        self.max_graphs = max_graphs
+
+    def before_run(self, runner: Runner) -> None:
+        """Records at the second call with each size."""
+        use_cuda_graphs(find_backbone(runner.model), self.max_graphs)

@@ -1,0 +1,170 @@
+"""CUDA graphs of a backbone: which calls replay one, and that replaying changes nothing."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmvig.engine import CudaGraphHook, CudaGraphs, use_cuda_graphs
+from mmvig.models import ViTAdapter
+from tests.models.test_vit_adapter import small_adapter
+
+
+class Doubled(nn.Module):
+    """Twice its input, by a weight; counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        self.calls += 1
+        return (self.weight * x,)
+
+
+class FakeGraphs(CudaGraphs):
+    """Records on the CPU, where a 'graph' calls the module and is noted down."""
+
+    device_type = 'cpu'
+
+    def __init__(self, module: nn.Module, max_graphs: int = 2) -> None:
+        super().__init__(module, max_graphs)
+        self.recorded: list[tuple[int, ...]] = []
+        self.replayed = 0
+
+    def _record(self, x: Tensor):
+        self.recorded.append(tuple(x.shape))
+
+        def replay(x: Tensor) -> tuple[Tensor, ...]:
+            self.replayed += 1
+            return self._function(x)
+
+        return replay
+
+
+@pytest.fixture
+def graphs() -> FakeGraphs:
+    return FakeGraphs(Doubled().eval())
+
+
+def call(graphs: FakeGraphs, *sides: int) -> None:
+    with torch.no_grad():
+        for side in sides:
+            assert torch.equal(graphs(torch.ones(side))[0], torch.full((side,), 2.0))
+
+
+def test_a_size_is_recorded_at_its_second_call_and_replayed_from_then_on(graphs) -> None:
+    call(graphs, 3, 4)
+    assert graphs.recorded == []
+    call(graphs, 3, 3, 4, 3)
+    assert graphs.recorded == [(3,), (4,)]
+    assert graphs.replayed == 4
+
+
+def test_the_graph_used_longest_ago_goes(graphs) -> None:
+    call(graphs, 3, 3, 4, 4, 3, 5, 5)  # 4 goes
+    assert graphs.recorded == [(3,), (4,), (5,)]
+    call(graphs, 3, 4)
+    assert graphs.recorded == [(3,), (4,), (5,), (4,)]
+
+
+def test_dtype_and_autocast_have_graphs_of_their_own(graphs) -> None:
+    with torch.no_grad():
+        for _ in range(2):
+            graphs(torch.ones(3))
+            graphs(torch.ones(3, dtype=torch.float64))
+            with torch.autocast('cpu', torch.bfloat16):
+                graphs(torch.ones(3))
+    assert len(graphs.recorded) == 3
+
+
+def test_gradients_and_training_mode_call_the_module(graphs) -> None:
+    x = torch.ones(3)
+    for _ in range(3):
+        graphs(x)[0].sum().backward()
+    graphs._module.train()
+    call(graphs, 3, 3, 3)
+    assert graphs.recorded == []
+
+
+def test_weights_that_change_keep_the_graphs_and_weights_that_move_drop_them(graphs) -> None:
+    call(graphs, 3, 3)
+    with torch.no_grad():
+        graphs._module.weight.copy_(2.0)
+    call(graphs, 3)
+    assert graphs.recorded == [(3,)]
+    graphs._module.weight.data = graphs._module.weight.data.clone()
+    call(graphs, 3)
+    assert graphs.recorded == [(3,), (3,)]
+
+
+def test_a_cpu_runs_as_before() -> None:
+    module = Doubled().eval()
+    graphs = use_cuda_graphs(module)
+    with torch.no_grad():
+        for _ in range(3):
+            module(torch.ones(3))
+    assert module.calls == 3
+    assert not graphs._graphs
+    graphs.remove()
+    assert module._compiled_call_impl is None
+
+
+def test_copies_and_checkpoints_know_nothing_of_graphs() -> None:
+    module = small_adapter().eval()
+    names = list(module.state_dict())
+    use_cuda_graphs(module)
+    assert list(module.state_dict()) == names
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert isinstance(copied, ViTAdapter)
+        assert copied._compiled_call_impl is None
+
+
+def test_a_number_of_graphs_is_wanted() -> None:
+    with pytest.raises(ValueError, match='max_graphs must be at least 1, got 0'):
+        CudaGraphs(Doubled(), 0)
+
+
+def test_the_hook_finds_the_backbone_and_a_model_without_one_is_refused() -> None:
+    model = nn.Module()
+    runner = type('Runner', (), dict(model=model))
+    with pytest.raises(ValueError, match='Module has no backbone'):
+        CudaGraphHook().before_run(runner)
+    model.backbone = Doubled()
+    CudaGraphHook(max_graphs=3).before_run(runner)
+    assert model.backbone._compiled_call_impl.max_graphs == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('compiled', [False, True], ids=['eager', 'compiled'])
+def test_replaying_changes_nothing(compiled: bool) -> None:
+    """Also when sizes alternate in one memory pool, graphs come and go, and weights change."""
+    model = small_adapter(norm_cfg=dict(type='BN')).cuda().eval()
+    sizes = [(64, 96), (96, 64), (64, 64)]
+    images = [torch.randn(2, 3, *sizes[i % 3], device='cuda') for i in (0, 1, 0, 1, 0, 2, 2, 1, 0)]
+
+    def run(xs: list[Tensor]) -> list[Tensor]:
+        # a new context each, since autocast keeps cast weights until it ends
+        with torch.no_grad(), torch.autocast('cuda', torch.bfloat16):
+            return [out for x in xs for out in model(x)]
+
+    expected = run(images)
+    if compiled:
+        model.compile(fullgraph=True, dynamic=True)
+    graphs = use_cuda_graphs(model, max_graphs=2)
+    outs = run(images)
+    assert len(graphs._graphs) == 2
+    for out, y in zip(outs, expected, strict=True):
+        assert (out - y).norm() / y.norm() < 1e-2
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(0.9)
+    changed = run(images[:1])
+    graphs.remove()
+    again = run(images[:1])
+    for out, y, before in zip(changed, again, expected, strict=False):
+        assert (out - y).norm() / y.norm() < 1e-2
+        assert (out - before).norm() / before.norm() > 1e-2
