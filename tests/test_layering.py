@@ -25,7 +25,6 @@ ON_DEMAND = {
     'mmvig.datasets.camvid',
     'mmvig.datasets.shapes_det',
     'mmvig.datasets.shapes_seg',
-    'mmvig.models.rcnn.bbox_head',
     'mmvig.models.rcnn.mask_head',
     'mmvig.models.rcnn.roi_extractor',
     'mmvig.models.rcnn.roi_head',

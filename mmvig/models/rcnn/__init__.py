@@ -12,7 +12,6 @@ __getattr__ = register_on_demand(
     MODELS,
     __name__,
     {
-        'BatchedBBoxHead': 'bbox_head',
         'BatchedRPNHead': 'rpn_head',
         'BatchedRoIHead': 'roi_head',
         'Float32RoIExtractor': 'roi_extractor',

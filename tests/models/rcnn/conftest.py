@@ -40,7 +40,7 @@ def metas(*sizes: tuple[int, int]) -> list[dict]:
 
 @pytest.fixture
 def cfg() -> Config:
-    """The model of the shapes config, as mmdet's own heads have it, too."""
+    """The model of the shapes config."""
     from tests.test_configs import ROOT
 
     return Config.fromfile(ROOT / 'detection' / 'vig_t_maskrcnn_shapes.py').model

@@ -1,5 +1,6 @@
 """Assignment, samples, losses and gradients of the batched RoI head against mmdet's own."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -57,12 +58,11 @@ def test_losses_and_gradients(
     pos_weight: float, cfg: Config, build_pair: Callable, device: str
 ) -> None:
     cfg.train_cfg.rcnn.pos_weight = pos_weight
+    ours = settings(copy.deepcopy(cfg))
+    for part in ('bbox_roi_extractor', 'mask_roi_extractor'):
+        cfg.roi_head[part].type = 'SingleRoIExtractor'
     cfg.roi_head.mask_head.type = 'FCNMaskHead'
-    theirs = settings(cfg)
-    mask_head = {**cfg.roi_head.mask_head, 'type': 'PackedMaskHead'}
-    bbox_head = {**cfg.roi_head.bbox_head, 'type': 'BatchedBBoxHead'}
-    ours = {**theirs, 'bbox_head': bbox_head, 'mask_head': mask_head}
-    heads = build_pair('BatchedRoIHead', 'StandardRoIHead', ours, theirs)
+    heads = build_pair('BatchedRoIHead', 'StandardRoIHead', ours, settings(cfg))
     sizes = [(HEIGHT // s, WIDTH // s) for s in (4, 8, 16, 32, 64)]
     x = [torch.randn(3, 64, *size, device=device) for size in sizes]
     results = []

@@ -37,7 +37,7 @@ model = dict(
             featmap_strides=strides,
         ),
         bbox_head=dict(
-            type='BatchedBBoxHead',
+            type='Shared2FCBBoxHead',
             in_channels=256,
             fc_out_channels=1024,
             roi_feat_size=7,
