@@ -15,8 +15,8 @@ from torch import Tensor
 CHUNK_ELEMENTS = 1 << 25
 # Pixels; RoIAlign is 0 for a region this far outside of a map, on every level.
 OUTSIDE = -1e4
-# Boxes of a group that are suppressed by a kernel; 8192 take 8 MiB.
-_KERNEL_BOXES = 8192
+# Boxes of a group that are suppressed by a kernel; so many take 2 MiB.
+_KERNEL_BOXES = 4096
 _TINY_AREA = 1e-6
 
 

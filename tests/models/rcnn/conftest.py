@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ def metas(*sizes: tuple[int, int]) -> list[dict]:
 
 
 @pytest.fixture
-def cfg() -> Config:
+def cfg() -> ConfigDict:
     """The model of the shapes config."""
     from tests.test_configs import ROOT
 

@@ -42,12 +42,12 @@ def chain(groups: int, count: int) -> Tensor:
 
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('make', [blobs, chain])
-@pytest.mark.parametrize('count', [1, 31, 33, 200])
+@pytest.mark.parametrize('count', [1, 33, 100])
 def test_greedy_nms(count: int, make: Callable[[int, int], Tensor], device: str) -> None:
     from mmvig.models.rcnn.nms_kernels import greedy_nms
 
     boxes, valid = make(3, count), torch.rand(3, count) < 0.9
-    for threshold in (0.1, 0.4, 0.7):
+    for threshold in (0.1, 0.5):
         keep = greedy_nms(boxes.to(device), valid.to(device), threshold).cpu()
         assert torch.equal(keep, expected(boxes, valid, threshold))
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from mmengine.config import Config
+from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from .conftest import HEIGHT, WIDTH, metas, random_boxes, random_truths
 COUNTS = (5, 0, 12)
 
 
-def settings(cfg: Config, num: int = 10**4, pos_fraction: float = 1.0) -> dict:
+def settings(cfg: ConfigDict, num: int = 10**4, pos_fraction: float = 1.0) -> dict:
     """The RoI head's config; every box is sampled by default, so that nothing is random."""
     cfg.train_cfg.rcnn.sampler.update(num=num, pos_fraction=pos_fraction)
     return {**cfg.roi_head, 'train_cfg': cfg.train_cfg.rcnn, 'test_cfg': cfg.test_cfg.rcnn}
@@ -55,7 +55,7 @@ def losses_of(head: torch.nn.Module, x: list[Tensor], packed: bool) -> dict[str,
 
 @pytest.mark.parametrize('pos_weight', [-1, 2.0])
 def test_losses_and_gradients(
-    pos_weight: float, cfg: Config, build_pair: Callable, device: str
+    pos_weight: float, cfg: ConfigDict, build_pair: Callable, device: str
 ) -> None:
     cfg.train_cfg.rcnn.pos_weight = pos_weight
     ours = settings(copy.deepcopy(cfg))
@@ -75,7 +75,7 @@ def test_losses_and_gradients(
 
 
 @pytest.mark.parametrize('add_gt', [True, False])
-def test_samples(add_gt: bool, cfg: Config, build_pair: Callable) -> None:
+def test_samples(add_gt: bool, cfg: ConfigDict, build_pair: Callable) -> None:
     """The share of positives is kept, and each has the truth that it overlaps."""
     cfg.train_cfg.rcnn.sampler.add_gt_as_proposals = add_gt
     ours, theirs = build_pair('BatchedRoIHead', 'StandardRoIHead', settings(cfg, 24, 0.25))
@@ -96,7 +96,7 @@ def test_samples(add_gt: bool, cfg: Config, build_pair: Callable) -> None:
         assert own.priors.shape == expected.priors.shape
 
 
-def test_everything_drawn_is_what_mmdet_draws(cfg: Config, build_pair: Callable) -> None:
+def test_everything_drawn_is_what_mmdet_draws(cfg: ConfigDict, build_pair: Callable) -> None:
     ours, theirs = build_pair('BatchedRoIHead', 'StandardRoIHead', settings(cfg))
     truths = [random_truths(count) for count in COUNTS]
     boxes = proposals(truths)
@@ -113,7 +113,7 @@ def test_everything_drawn_is_what_mmdet_draws(cfg: Config, build_pair: Callable)
         assert own.avg_factor == expected.avg_factor
 
 
-def test_another_sampler_is_refused(cfg: Config, build_pair: Callable) -> None:
+def test_another_sampler_is_refused(cfg: ConfigDict, build_pair: Callable) -> None:
     cfg.train_cfg.rcnn.sampler = dict(type='OHEMSampler', num=64, pos_fraction=0.25)
     head = {**cfg.roi_head, 'train_cfg': cfg.train_cfg.rcnn, 'test_cfg': cfg.test_cfg.rcnn}
     with pytest.raises(ValueError, match='RandomSampler, got a OHEMSampler'):

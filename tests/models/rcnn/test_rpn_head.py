@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from torch import Tensor
 
 from .conftest import HEIGHT, STRIDES, WIDTH, metas, random_truths
@@ -15,7 +15,7 @@ CHANNELS = 64
 TOLERANCE = dict(cpu=1e-5, cuda=1e-3)
 
 
-def settings(cfg: Config) -> dict:
+def settings(cfg: ConfigDict) -> dict:
     """The RPN head's config; every anchor is sampled, so that nothing is random."""
     cfg.train_cfg.rpn.sampler.update(num=10**6, pos_fraction=1.0)
     return {**cfg.rpn_head, 'train_cfg': cfg.train_cfg.rpn, 'test_cfg': cfg.test_cfg.rpn}
@@ -29,7 +29,7 @@ def maps(batch: int) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize('counts', [(5, 1, 12), (3, 0, 2), (0, 0, 0)])
 @pytest.mark.parametrize('pos_weight', [-1, 2.0])
 def test_losses_and_gradients(
-    pos_weight: float, counts: tuple[int, ...], cfg: Config, build_pair: Callable, device: str
+    pos_weight: float, counts: tuple[int, ...], cfg: ConfigDict, build_pair: Callable, device: str
 ) -> None:
     cfg.train_cfg.rpn.pos_weight = pos_weight
     heads = build_pair('BatchedRPNHead', 'RPNHead', settings(cfg))
@@ -50,7 +50,7 @@ def test_losses_and_gradients(
 
 
 @pytest.mark.parametrize('nms_pre', [300, 10**6, -1])
-def test_proposals(nms_pre: int, cfg: Config, build_pair: Callable, device: str) -> None:
+def test_proposals(nms_pre: int, cfg: ConfigDict, build_pair: Callable, device: str) -> None:
     heads = build_pair('BatchedRPNHead', 'RPNHead', settings(cfg))
     proposal_cfg = cfg.train_cfg.rpn_proposal
     proposal_cfg.update(nms_pre=nms_pre, max_per_img=100)
@@ -68,7 +68,7 @@ def test_proposals(nms_pre: int, cfg: Config, build_pair: Callable, device: str)
         assert torch.equal(got.labels, expected.labels)
 
 
-def test_fewer_proposals_than_asked_for(cfg: Config, build_pair: Callable) -> None:
+def test_fewer_proposals_than_asked_for(cfg: ConfigDict, build_pair: Callable) -> None:
     """Boxes below the smallest size are dropped, and images may keep different numbers."""
     heads = build_pair('BatchedRPNHead', 'RPNHead', settings(cfg))
     proposal_cfg = cfg.train_cfg.rpn_proposal
@@ -86,7 +86,7 @@ def test_fewer_proposals_than_asked_for(cfg: Config, build_pair: Callable) -> No
 
 
 def test_proposals_of_half_precision_maps_are_decoded_in_float32(
-    cfg: Config, build_pair: Callable
+    cfg: ConfigDict, build_pair: Callable
 ) -> None:
     """mmdet rounds the anchors themselves; beyond 512 pixels that is up to 2 pixels a corner."""
     ours, theirs = build_pair('BatchedRPNHead', 'RPNHead', settings(cfg))
@@ -106,7 +106,7 @@ def test_proposals_of_half_precision_maps_are_decoded_in_float32(
     assert largest_error(theirs) >= 2
 
 
-def test_anchors_of_many_sizes_are_not_kept(cfg: Config, build_pair: Callable) -> None:
+def test_anchors_of_many_sizes_are_not_kept(cfg: ConfigDict, build_pair: Callable) -> None:
     head, _ = build_pair('BatchedRPNHead', 'RPNHead', settings(cfg))
     for width in range(1, 30):
         head._anchors_of([torch.zeros(1, 3, 2, width)] * len(STRIDES))
@@ -123,7 +123,7 @@ def test_anchors_of_many_sizes_are_not_kept(cfg: Config, build_pair: Callable) -
     ],
 )
 def test_settings_that_only_mmdets_head_has(
-    path: str, value: object, message: str, cfg: Config, build_pair: Callable
+    path: str, value: object, message: str, cfg: ConfigDict, build_pair: Callable
 ) -> None:
     head = Config(settings(cfg))
     head.merge_from_dict({f'train_cfg.{path}': value})
