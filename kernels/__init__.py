@@ -1,6 +1,19 @@
 """GPU operators of mmvig; imports torch and triton only. Imported as `mmvig.kernels`."""
 
 from mmvig.kernels.bigla import bidirectional_gla
+from mmvig.kernels.depthwise_conv import depthwise_conv
+from mmvig.kernels.gated_head_norm import gated_head_norm
+from mmvig.kernels.log_gates import log_gates
 from mmvig.kernels.ms_deform_attn import ms_deform_attn
+from mmvig.kernels.residual_norm import residual_norm
+from mmvig.kernels.swiglu import swiglu
 
-__all__ = ['bidirectional_gla', 'ms_deform_attn']
+__all__ = [
+    'bidirectional_gla',
+    'depthwise_conv',
+    'gated_head_norm',
+    'log_gates',
+    'ms_deform_attn',
+    'residual_norm',
+    'swiglu',
+]

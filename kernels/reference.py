@@ -87,3 +87,127 @@ def ms_deform_attn(
         weights = attention_weights[:, :, :, level].transpose(1, 2).flatten(0, 1)
         out = out + (samples * weights[:, None].to(dtype)).sum(-1)
     return out.view(b, h * d, q).transpose(1, 2).to(value.dtype).contiguous()
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """`silu(a) * b` for x = [a, b], (..., 2 F) to (..., F) (arXiv 2002.05202, equation 6)."""
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return (F.silu(a) * b).to(x.dtype)
+
+
+def residual_norm(
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    keep: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`s = x + keep * y` and its norm: RMSNorm (arXiv 1910.07467), with bias LayerNorm.
+
+    Args:
+        x, y: (B, ..., C); y may be None.
+        weight, bias: (C,).
+        eps: Added to the variance or the mean square.
+        keep: (B,) or None.
+        dtype: Of the norm; that of x where None.
+
+    Returns:
+        s and its norm, computed in float32 or wider.
+    """
+    total = x
+    if y is not None:
+        if keep is not None:
+            y = y * keep.to(y.dtype).view(-1, *[1] * (y.ndim - 1))
+        total = x + y
+    wide = total.to(torch.promote_types(total.dtype, torch.float32))
+    weight = weight.to(wide.dtype)
+    if bias is None:
+        out = F.rms_norm(wide, weight.shape, weight, eps)
+    else:
+        out = F.layer_norm(wide, weight.shape, weight, bias.to(wide.dtype), eps)
+    return total, out.to(x.dtype if dtype is None else dtype)
+
+
+def gated_head_norm(
+    x: Tensor,
+    local: Tensor,
+    gate: Tensor,
+    weight_x: Tensor,
+    weight_local: Tensor,
+    gate_bias: Tensor | None = None,
+    silu: bool = False,
+    eps: float = 1e-6,
+) -> Tensor:
+    """`s * rms_norm(x) + (1 - s) * rms_norm(local)`, s = sigmoid(gate + gate_bias), norms per head.
+
+    Args:
+        x, local, gate: (..., H * V).
+        weight_x, weight_local: (V,), shared by all heads.
+        gate_bias: (H * V,) or None.
+        silu: Whether SiLU is applied to the result.
+        eps: Added to the mean squares.
+
+    Returns:
+        (..., H * V) in the dtype of x; computed in that dtype or float32, whichever is wider.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    share = (gate.to(dtype) if gate_bias is None else gate.to(dtype) + gate_bias).sigmoid()
+    normed = [
+        F.rms_norm(t.to(dtype).unflatten(-1, (-1, w.numel())), w.shape, w.to(dtype), eps)
+        for t, w in ((x, weight_x), (local, weight_local))
+    ]
+    out = share * normed[0].flatten(-2) + (1 - share) * normed[1].flatten(-2)
+    return (F.silu(out) if silu else out).to(x.dtype)
+
+
+def depthwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    shapes: list[tuple[int, int]],
+    bias: Tensor | None = None,
+    act: str = 'none',
+) -> Tensor:
+    """Depthwise 3x3 conv with padding 1 on the tokens of maps, one after another; an activation.
+
+    Args:
+        x: (B, S, C), S tokens of maps of the given (height, width), row-major, concatenated.
+        weight: (C, 1, 3, 3).
+        shapes: (height, width) of each map.
+        bias: (C,) or None.
+        act: 'none', 'silu' or 'gelu'.
+
+    Returns:
+        (B, S, C) in the dtype of x; computed in that dtype or float32, whichever is wider.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    outs = []
+    for tokens, hw in zip(x.split([h * w for h, w in shapes], dim=1), shapes, strict=True):
+        maps = tokens.to(dtype).unflatten(1, hw).permute(0, 3, 1, 2)
+        out = F.conv2d(maps, weight, bias, padding=1, groups=weight.shape[0])
+        outs.append(out.flatten(2).transpose(1, 2))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+    return {'none': lambda t: t, 'silu': F.silu, 'gelu': F.gelu}[act](out).to(x.dtype)
+
+
+def log_gates(
+    low: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """`logsigmoid(low @ weight.T + bias) / 16`, halved: gates of both directions.
+
+    Args:
+        low: (..., R), what all heads share (arXiv 2312.06635, section 4.4).
+        weight: (C, R).
+        bias: (C,).
+        dtype: Of the result; float32 or that of low, whichever is wider, where None.
+
+    Returns:
+        (..., C / 2) for each direction.
+    """
+    wide = torch.promote_types(low.dtype, torch.float32)
+    gates = F.linear(low.to(wide), weight.to(wide), bias.to(wide)).to(wide)
+    gates = F.logsigmoid(gates) / 16
+    fwd, bwd = gates.to(wide if dtype is None else dtype).chunk(2, dim=-1)
+    return fwd, bwd

@@ -154,6 +154,16 @@ def _conv(args: tuple, out: Tensor) -> int:
     return pixels * weight[0].numel() + (0 if bias is None else out.numel())
 
 
+def _depthwise_conv(args: tuple, out: Tensor) -> int:
+    weight, bias = args[1], args[2]
+    return out.numel() * (weight[0].numel() + (bias is not None))
+
+
+def _residual_norm(args: tuple, out: tuple[Tensor, Tensor]) -> int:
+    """LayerNorm, which has a bias, as `native_layer_norm`; RMSNorm like PyTorch's own, nothing."""
+    return 0 if args[3] is None else 2 * args[0].numel()
+
+
 def _recurrence(args: tuple, out: Tensor) -> int:
     """`k^T v` and `q S` of every token, in two directions."""
     q, _, v, *_ = args
@@ -176,7 +186,12 @@ FORMULAS = {
     # mm's models call it for nothing but deformable attention
     'aten::grid_sampler_2d': lambda args, out: MACS_PER_SAMPLE * out.numel(),
     'mmvig::bidirectional_gla': _recurrence,
+    'mmvig::depthwise_conv': _depthwise_conv,
+    'mmvig::gated_head_norm': lambda args, out: 0,
+    'mmvig::log_gates': lambda args, out: args[0].numel() * args[1].shape[0],
     'mmvig::ms_deform_attn': _deform_attn,
+    'mmvig::residual_norm': _residual_norm,
+    'mmvig::swiglu': lambda args, out: 0,
 }
 # Operators that the paper's counter does not see, and the part of the backbone they are listed as.
 UNSEEN = {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 # Modules beside this one; each has NAME, COLUMNS, cases(quick) and check(case).
-OPS = ('bigla', 'ms_deform_attn')
+OPS = ('bigla', 'ms_deform_attn', 'block')
 # With the names that OneDL's builds of the OpenMMLab packages go by.
 PACKAGES = {
     'torch': ('torch',),

@@ -6,6 +6,7 @@ import torch
 from mmengine.registry import MODELS
 
 from mmvig.models import ViG
+from mmvig.models.layers.embed import resize_pos_embed
 from tests import parity
 
 SMALL = dict(embed_dims=32, depth=3, num_heads=2, mlp_dims=48, conv_act=True, out_act=False)
@@ -133,3 +134,19 @@ def test_wrong_settings(settings: dict, message: str) -> None:
 def test_wrong_images(shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small_vig()(torch.randn(shape))
+
+
+def test_position_embedding_is_resized_alike_in_training() -> None:
+    embed = torch.randn(1, 14 * 14, 6)
+    with torch.no_grad():
+        expected = resize_pos_embed(embed, (50, 84))
+    trained = embed.clone().requires_grad_()
+    actual = resize_pos_embed(trained, (50, 84))
+    torch.testing.assert_close(actual, expected)
+    weights = torch.randn_like(expected)
+    (grad,) = torch.autograd.grad(actual, trained, weights)
+    maps = embed.view(1, 14, 14, 6).permute(0, 3, 1, 2).requires_grad_()
+    resized = torch.nn.functional.interpolate(maps, (50, 84), mode='bicubic')
+    weights = weights.view(1, 50, 84, 6).permute(0, 3, 1, 2)
+    (expected,) = torch.autograd.grad(resized, maps, weights)
+    torch.testing.assert_close(grad, expected.flatten(2).mT)

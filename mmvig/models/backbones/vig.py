@@ -7,17 +7,20 @@ import torch
 from mmengine.registry import MODELS
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmvig.models.backbones.plain_trunk import PlainTrunk
+from mmvig.models.layers.block import FusedForm
 from mmvig.models.layers.embed import ConvPatchEmbed
 from mmvig.models.layers.ffn import SwiGLU
 from mmvig.models.layers.mixer import BiGLAMixer
 from mmvig.models.layers.mixer_roadmap import RoadmapMixer
+from mmvig.models.layers.norm import RMSNorm, add, draw_keep
 from mmvig.models.utils import drop_path_rates, parse_arch
 
 PATCH_SIZE = 16
 EPS = 1e-6
-RMS_NORM = partial(nn.RMSNorm, eps=EPS)
+RMS_NORM = partial(RMSNorm, eps=EPS)
 
 
 class ViGBlock(nn.Module):
@@ -53,11 +56,46 @@ class ViGBlock(nn.Module):
         self.mlp_norm = norm_layer(embed_dims)
         self.mlp = SwiGLU(embed_dims, mlp_dims)
         self.drop_path = DropPath(drop_path)
+        self._fused = FusedForm()
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """(B, N, C) tokens of an h x w map to (B, N, C)."""
-        x = x + self.drop_path(self.attn(self.attn_norm(x), hw))
-        return x + self.drop_path(self.mlp(self.mlp_norm(x)))
+        return add(*self.run(x, None, None, hw))
+
+    def run(
+        self, x: Tensor, y: Tensor | None, keep: Tensor | None, hw: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The block but for its last addition, after the addition that the block before left.
+
+        Args:
+            x: (B, N, C), the residual stream.
+            y: (B, N, C), to be added to it; or None.
+            keep: (B,), factors of y, which drop path has drawn; or None.
+            hw: The map's height and width in tokens.
+
+        Returns:
+            x, y and keep for the next block.
+        """
+        drop, next_keep = draw_keep(x, self.drop_path), draw_keep(x, self.drop_path)
+        fused = self._fused(self, x, y, keep, drop, hw)
+        if fused is not None:
+            return *fused, next_keep
+        x, normed = self.attn_norm.add(x, y, keep)
+        x, normed = self.mlp_norm.add(x, self.attn(normed, hw), drop)
+        return x, self.mlp(normed), next_keep
+
+
+def chained_form(block: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
+    """A block's `run`; the same by its `forward` where hooks or a wrapper want to see that."""
+    if type(block) is ViGBlock and not (block._forward_hooks or block._forward_pre_hooks):
+        return block.run
+
+    def run(
+        x: Tensor, y: Tensor | None, keep: Tensor | None, hw: tuple[int, int]
+    ) -> tuple[Tensor, None, None]:
+        return block(x if y is None else add(x, y, keep), hw), None, None
+
+    return run
 
 
 @MODELS.register_module()
@@ -133,6 +171,17 @@ class ViG(PlainTrunk):
             init_cfg=init_cfg,
         )
         self._reset_parameters()
+
+    def forward_blocks(self, x: Tensor, hw: tuple[int, int], start: int, stop: int) -> Tensor:
+        """Runs blocks start ... stop - 1 on tokens (B, N, C) of an h x w map."""
+        y = keep = None
+        for index in range(start, stop):
+            run = chained_form(self.blocks[index])
+            if self.with_cp and torch.is_grad_enabled():
+                x, y, keep = checkpoint(run, x, y, keep, hw, use_reentrant=False)
+            else:
+                x, y, keep = run(x, y, keep, hw)
+        return x if y is None else add(x, y, keep)
 
     def _reset_parameters(self) -> None:
         if self.pos_embed is not None:

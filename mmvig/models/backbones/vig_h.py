@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from mmvig.checkpoint import init_pretrained
 from mmvig.models.backbones.vig import ViGBlock
 from mmvig.models.layers.embed import check_image, to_conv_input, to_map, to_tokens
+from mmvig.models.layers.norm import LayerNorm
 from mmvig.models.utils import ascending_indices, drop_path_rates, parse_arch
 
 EPS = 1e-5
@@ -42,7 +43,7 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         # on tokens, where the channels come last, this is the paper's channels-first LayerNorm
-        norm_layer = partial(nn.LayerNorm, eps=EPS)
+        norm_layer = partial(LayerNorm, eps=EPS)
         self.blocks = nn.ModuleList(
             ViGBlock(embed_dims, num_heads, mlp_dims, drop_path=rate, norm_layer=norm_layer)
             for rate in drop_paths

@@ -1,10 +1,9 @@
 """Feed-forward networks on tokens."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmvig.models.layers.embed import to_map, to_tokens
+from mmvig.kernels import depthwise_conv, swiglu
+from mmvig.models.layers.linear import Linear
 
 
 class SwiGLU(nn.Module):
@@ -17,13 +16,12 @@ class SwiGLU(nn.Module):
 
     def __init__(self, embed_dims: int, hidden_dims: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(embed_dims, 2 * hidden_dims, bias=False)
-        self.down_proj = nn.Linear(hidden_dims, embed_dims, bias=False)
+        self.gate_proj = Linear(embed_dims, 2 * hidden_dims, bias=False)
+        self.down_proj = Linear(hidden_dims, embed_dims, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) to (…, C)."""
-        gate, y = self.gate_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * y)
+        return self.down_proj(swiglu(self.gate_proj(x)))
 
 
 class ConvFFN(nn.Module):
@@ -38,23 +36,21 @@ class ConvFFN(nn.Module):
 
     def __init__(self, embed_dims: int, hidden_dims: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(embed_dims, hidden_dims)
+        self.fc1 = Linear(embed_dims, hidden_dims)
         self.dwconv = _LevelConv(hidden_dims)
-        self.fc2 = nn.Linear(hidden_dims, embed_dims)
+        self.fc2 = Linear(hidden_dims, embed_dims)
 
     def forward(self, x: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         """(B, S, C) tokens of levels of the given (height, width), concatenated, to (B, S, C)."""
-        return self.fc2(F.gelu(self.dwconv(self.fc1(x), shapes)))
+        return self.fc2(self.dwconv(self.fc1(x), shapes))
 
 
 class _LevelConv(nn.Module):
-    """The same depthwise conv on every level."""
+    """The same depthwise conv on every level, and GELU."""
 
     def __init__(self, dims: int) -> None:
         super().__init__()
         self.dwconv = nn.Conv2d(dims, dims, 3, padding=1, groups=dims)
 
     def forward(self, x: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-        levels = x.split([h * w for h, w in shapes], dim=1)
-        maps = [self.dwconv(to_map(t, hw)) for t, hw in zip(levels, shapes, strict=True)]
-        return torch.cat([to_tokens(m) for m in maps], dim=1)
+        return depthwise_conv(x, self.dwconv.weight, shapes, self.dwconv.bias, 'gelu')

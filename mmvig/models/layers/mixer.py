@@ -3,14 +3,12 @@
 Shape legend: B batch, N = h * w tokens, C channels, H heads, K key dim, V value dim.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmvig.kernels import bidirectional_gla
-from mmvig.models.layers.embed import to_map, to_tokens
+from mmvig.kernels import bidirectional_gla, depthwise_conv, gated_head_norm, log_gates
+from mmvig.models.layers.linear import Linear, merged_linear
 
 GATE_LOW_RANK = 16
-GATE_NORMALIZER = 16
 EPS = 1e-6
 
 
@@ -41,34 +39,40 @@ class BiGLAMixer(nn.Module):
             )
         c, self.num_heads = embed_dims, num_heads
         conv = nn.Conv2d(c, c, 3, padding=1, groups=c, bias=False)
-        self.in_proj = nn.Sequential(conv, nn.SiLU() if conv_act else nn.Identity())
-        self.qkv_proj = nn.Linear(c, 2 * c, bias=False)
-        self.gk_proj = nn.Sequential(
-            nn.Linear(c, GATE_LOW_RANK, bias=False), nn.Linear(GATE_LOW_RANK, c)
-        )
-        self.g_proj = nn.Linear(c, c)
+        self.in_proj = nn.Sequential(conv)
+        self.qkv_proj = Linear(c, 2 * c, bias=False)
+        self.gk_proj = nn.Sequential(Linear(c, GATE_LOW_RANK, bias=False), Linear(GATE_LOW_RANK, c))
+        self.g_proj = Linear(c, c)
         self.g_norm = nn.RMSNorm(c // num_heads, eps=EPS)
         self.l_norm = nn.RMSNorm(c // num_heads, eps=EPS)
-        self.out_act = nn.SiLU() if out_act else nn.Identity()
-        self.o_proj = nn.Linear(c, c, bias=False)
+        self.conv_act, self.out_act = conv_act, out_act
+        self.o_proj = Linear(c, c, bias=False)
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """(B, N, C) tokens of an h x w map, row-major, to (B, N, C)."""
-        local = to_tokens(self.in_proj(to_map(x, hw)))
-        mixed = self.attend(local)
-        gate = self.g_proj(local).sigmoid()
-        y = gate * self._norm(self.g_norm, mixed) + (1 - gate) * self._norm(self.l_norm, local)
-        return self.o_proj(self.out_act(y))
+        conv = self.in_proj[0]
+        local = depthwise_conv(x, conv.weight, [hw], act='silu' if self.conv_act else 'none')
+        # one product for all that read the same tokens; the gate's bias comes in further down
+        qkv, gate, low = merged_linear(
+            local, [self.qkv_proj.weight, self.g_proj.weight, self.gk_proj[0].weight]
+        )
+        mixed = self._attend(qkv, low)
+        norms = (self.g_norm.weight, self.l_norm.weight)
+        args = (mixed, local, gate, *norms, self.g_proj.bias, self.out_act, EPS)
+        return self.o_proj(gated_head_norm(*args))
 
-    def attend(self, x: Tensor) -> Tensor:
-        """Bidirectional GLA of (B, N, C) over all N tokens, to (B, N, C)."""
-        c = x.shape[-1]
-        q, k, v = self.qkv_proj(x).split([c // 2, c // 2, c], dim=-1)
-        log_gates = F.logsigmoid(self.gk_proj(x).float()) / GATE_NORMALIZER
-        heads = [t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v, *log_gates.chunk(2, -1))]
+    def _attend(self, qkv: Tensor, low: Tensor) -> Tensor:
+        """Bidirectional GLA over all N tokens.
+
+        Args:
+            qkv: (B, N, 2 C), queries, keys and values, C / 2, C / 2 and C channels.
+            low: (B, N, 16), the low-rank vector that the gates are made of.
+
+        Returns:
+            (B, N, C).
+        """
+        c = qkv.shape[-1] // 2
+        gates = log_gates(low, self.gk_proj[1].weight, self.gk_proj[1].bias)
+        qkv = qkv.split([c // 2, c // 2, c], dim=-1)
+        heads = [t.unflatten(-1, (self.num_heads, -1)) for t in (*qkv, *gates)]
         return bidirectional_gla(*heads).flatten(2)
-
-    def _norm(self, norm: nn.RMSNorm, x: Tensor) -> Tensor:
-        """RMSNorm of each head's channels; one weight of V serves all heads."""
-        # under autocast x is half precision, for which PyTorch has no fused norm with this weight
-        return norm(x.to(norm.weight.dtype).unflatten(-1, (self.num_heads, -1))).flatten(-2)

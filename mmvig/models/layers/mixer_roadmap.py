@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmvig.kernels import bidirectional_gla
-from mmvig.models.layers.mixer import GATE_LOW_RANK, GATE_NORMALIZER, BiGLAMixer
+from mmvig.models.layers.linear import Linear
+from mmvig.models.layers.mixer import GATE_LOW_RANK, BiGLAMixer
 
+GATE_NORMALIZER = 16
 SCANS = ('causal', 'shared_gate', 'own_gates', 'two_layers')
 # log gate whose exponential is 0 in float32: nothing of the other tokens passes
 CLOSED = -200.0
@@ -39,11 +41,11 @@ class RoadmapMixer(BiGLAMixer):
         super().__init__(embed_dims, num_heads)
         c, self.scan = embed_dims, scan
         self.in_proj = self.l_norm = None
-        self.g_proj = nn.Linear(c, c, bias=False)
+        self.g_proj = Linear(c, c, bias=False)
         if scan in ('causal', 'shared_gate'):
-            self.gk_proj[1] = nn.Linear(GATE_LOW_RANK, c // 2)
+            self.gk_proj[1] = Linear(GATE_LOW_RANK, c // 2)
         if scan == 'two_layers':
-            self.qkv_proj = nn.Linear(c, 4 * c, bias=False)
+            self.qkv_proj = Linear(c, 4 * c, bias=False)
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """(B, N, C) tokens of an h x w map, row-major, to (B, N, C)."""
@@ -62,6 +64,11 @@ class RoadmapMixer(BiGLAMixer):
         else:
             out = bidirectional_gla(*qkv, gates[0], gates[-1])
         return out.flatten(2)
+
+    def _norm(self, norm: nn.RMSNorm, x: Tensor) -> Tensor:
+        """RMSNorm of each head's channels; one weight of V serves all heads."""
+        # under autocast x is half precision, for which PyTorch has no fused norm with this weight
+        return norm(x.to(norm.weight.dtype).unflatten(-1, (self.num_heads, -1))).flatten(-2)
 
     def _heads(self, x: Tensor, sizes: list[int]) -> list[Tensor]:
         """(B, N, n * sum(sizes)) to n times a tensor (B, N, H, size / H) of each size."""

@@ -1,0 +1,144 @@
+"""Checks of the operators around BiGLA: every dtype, results and all gradients."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmvig import kernels
+from mmvig.kernels import reference
+
+NAME = "ViG's other operators"
+COLUMNS = ('results', 'gradients')
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Largest ||x - y|| / ||y||: the rounding of results, and of what a product takes.
+TOLERANCE = {FP32: 1e-5, FP16: 2e-3, BF16: 1e-2}
+
+Inputs = list[Tensor | None]
+Random = Callable[..., Tensor]
+
+
+def _swiglu(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    return [rand(2, 301, 2 * dims, dtype=dtype)]
+
+
+def _rms_norm(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    keep = torch.tensor([0.0, 1.25])
+    stream = rand(2, 77, dims, dtype=FP32)
+    return [stream, rand(2, 77, dims, dtype=dtype), rand(dims, dtype=FP32), None, 1e-6, keep, dtype]
+
+
+def _layer_norm(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    x, weight = rand(3, 77, dims, dtype=dtype), rand(dims, dtype=FP32)
+    return [x, None, weight, rand(dims, dtype=FP32)]
+
+
+def _gated_head_norm(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    wide = rand(2, 301, 3 * 2 * dims, dtype=dtype)  # two heads; rows with gaps between them
+    weights = [rand(dims, dtype=FP32) for _ in range(2)]
+    return [*wide.chunk(3, -1), *weights, rand(2 * dims, dtype=FP32), True]
+
+
+def _depthwise_conv(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    shapes = [(20, 33), (9, 17), (1, 2)]
+    x = rand(2, sum(h * w for h, w in shapes), dims, dtype=dtype)
+    return [x, rand(dims, 1, 3, 3, dtype=FP32), shapes, rand(dims, dtype=FP32), 'gelu']
+
+
+def _silu_conv(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    x = rand(2, 50 * 84, dims, dtype=dtype)
+    return [x, rand(dims, 1, 3, 3, dtype=FP32), [(50, 84)], None, 'silu']
+
+
+def _log_gates(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    low = rand(2, 333, 16 + 3, dtype=dtype)[..., :16]
+    return [low, rand(dims, 16, dtype=FP32), rand(dims, dtype=FP32)]
+
+
+# Operator, and what makes its arguments, by the case's name.
+DRAW: dict[str, tuple[str, Callable[[Random, torch.dtype, int], Inputs]]] = {
+    'swiglu': ('swiglu', _swiglu),
+    'residual_norm, RMS': ('residual_norm', _rms_norm),
+    'residual_norm, layer': ('residual_norm', _layer_norm),
+    'gated_head_norm': ('gated_head_norm', _gated_head_norm),
+    'depthwise_conv, 3 maps, GELU': ('depthwise_conv', _depthwise_conv),
+    'depthwise_conv, SiLU': ('depthwise_conv', _silu_conv),
+    'log_gates': ('log_gates', _log_gates),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    what: str
+    dtype: torch.dtype
+    dims: int
+
+    def __str__(self) -> str:
+        return f'{self.what}, {self.dims}, {str(self.dtype).removeprefix("torch.")}'
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """Channels, or those of a head, that the networks have, and odd ones unless `quick`."""
+    for what in DRAW:
+        for dtype in TOLERANCE:
+            for dims in (32, 64) if quick else (32, 64, 96, 192, 200):
+                yield Case(what, dtype, dims)
+
+
+def check(case: Case) -> tuple[list[float], float]:
+    """Largest error of each column, and what is allowed; runs on the current CUDA device."""
+    op, inputs = draw(case, 'cuda')
+    return compare(getattr(kernels, op), getattr(reference, op), inputs), TOLERANCE[case.dtype]
+
+
+def draw(case: Case, device: str) -> tuple[str, list]:
+    """The operator's name, and arguments; tensors are leaves, as strided as drawn."""
+    op, make = DRAW[case.what]
+
+    def rand(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape).to(device, dtype)
+
+    def leaf(x: object) -> object:
+        if not isinstance(x, Tensor):
+            return x
+        x = x.detach().to(device)
+        return x.requires_grad_() if x.ndim > 1 or x.numel() > 2 else x
+
+    return op, [leaf(x) for x in make(rand, case.dtype, case.dims)]
+
+
+def compare(function: Callable, definition: Callable, inputs: list) -> list[float]:
+    """Largest errors of results and gradients against the definition in float64."""
+
+    def double(x: object) -> object:
+        if isinstance(x, torch.dtype):
+            return torch.float64
+        is_tensor = isinstance(x, Tensor)
+        return x.detach().double().requires_grad_(x.requires_grad) if is_tensor else x
+
+    actual = results_and_gradients(function, inputs)
+    expected = results_and_gradients(definition, [double(x) for x in inputs])
+    return [
+        max((_error(x, y) for x, y in zip(xs, ys, strict=True)), key=lambda e: (e != e, e))
+        for xs, ys in zip(actual, expected, strict=True)
+    ]
+
+
+def results_and_gradients(function: Callable, inputs: list) -> tuple[list[Tensor], list[Tensor]]:
+    """Results, and gradients of a fixed weighting of them."""
+    out = function(*inputs)
+    outs = out if isinstance(out, tuple) else (out,)
+    total = 0
+    for x in outs:
+        weights = torch.sin(torch.arange(x.numel(), device=x.device, dtype=torch.float64))
+        total = total + (x.double() * weights.view(x.shape)).sum()
+    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    return [x.detach() for x in outs], list(torch.autograd.grad(total, leaves))
+
+
+def _error(x: Tensor, y: Tensor) -> float:
+    """||x - y|| / ||y||; NaN stays NaN, which passes no comparison."""
+    return ((x.double() - y).norm() / y.norm()).item()

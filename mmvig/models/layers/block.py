@@ -1,0 +1,108 @@
+"""Whether a ViG block can take its fused form, and its weights for that."""
+
+import torch
+from torch import Tensor, nn
+
+from mmvig.kernels.dispatch import form, working_dtype
+from mmvig.models.layers.embed import is_capturing
+from mmvig.models.layers.linear import Linear
+from mmvig.models.layers.mixer import BiGLAMixer
+from mmvig.models.layers.norm import LayerNorm, RMSNorm
+
+KINDS = (BiGLAMixer, nn.Conv2d, Linear, RMSNorm, LayerNorm, nn.RMSNorm)
+
+
+def read_weights(block: nn.Module) -> list[Tensor | None] | None:
+    """The parameters in the order of `fused_block.Weights`.
+
+    None for a block that someone has changed: with hooks, other kinds of layers, or weights that
+    are computed. Its modules have to run.
+    """
+    parts = block._modules
+    attn, mlp = parts['attn'], parts['mlp']
+    if type(attn) is not BiGLAMixer:
+        return None
+    inner = attn._modules
+    conv, low_rank = inner['in_proj']._modules['0'], inner['gk_proj']._modules
+    layers = (
+        parts['attn_norm'], conv, inner['qkv_proj'], inner['g_proj'], low_rank['0'],
+        low_rank['1'], inner['g_norm'], inner['l_norm'], inner['o_proj'], parts['mlp_norm'],
+        mlp._modules['gate_proj'], mlp._modules['down_proj'],
+    )  # fmt: skip
+    for module in (attn, mlp, *layers):
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            return None
+    if any(type(layer) not in KINDS for layer in layers):
+        return None
+    own = [layer._parameters for layer in layers]
+    return [
+        own[0]['weight'], own[0].get('bias'), own[1]['weight'], own[2]['weight'],
+        own[3]['weight'], own[3]['bias'], own[4]['weight'], own[5]['weight'], own[5]['bias'],
+        own[6]['weight'], own[7]['weight'], own[8]['weight'], own[9]['weight'],
+        own[9].get('bias'), own[10]['weight'], own[11]['weight'],
+    ]  # fmt: skip
+
+
+class FusedForm:
+    """Calls `fused_block.run` for a block; in inference it keeps the weights that are cast.
+
+    No module: holds no state that belongs into a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple = ()
+        self._cast: tuple[Tensor, ...] | None = None
+
+    def __call__(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        y: Tensor | None,
+        keep: Tensor | None,
+        drop: Tensor | None,
+        hw: tuple[int, int],
+    ) -> tuple[Tensor, Tensor] | None:
+        """What `fused_block.run` returns; None where the block's modules have to run.
+
+        They have to without a GPU, under `torch.compile`, and where `read_weights` says so.
+        """
+        if form(x) != 'eager' or (weights := read_weights(block)) is None:
+            return None
+        # Imported here since PyTorch builds for the CPU come without Triton.
+        from mmvig.models.layers import fused_block
+
+        weights = fused_block.Weights(*weights)
+        attn = block._modules['attn']
+        settings = fused_block.Settings(
+            hw,
+            attn.num_heads,
+            'silu' if attn.conv_act else 'none',
+            attn.out_act,
+            (block.attn_norm.eps, block.mlp_norm.eps, attn.g_norm.eps),
+            working_dtype(x),
+        )
+        cast = None if torch.is_grad_enabled() else self._keep_cast(weights, settings.dtype)
+        y = None if y is None else y.contiguous()
+        return fused_block.run(x.contiguous(), y, keep, drop, weights, cast, settings)
+
+    def _keep_cast(self, weights: tuple, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
+        """The weights of the products in their dtype, from a cache of one; None for no cache."""
+        from mmvig.models.layers import fused_block
+
+        products = (weights.qkv, weights.gate, weights.low, weights.out, weights.up, weights.down)
+        # inference tensors count no versions; a CUDA graph outlives this cache, and the weights
+        if weights.qkv.is_inference() or is_capturing(weights.qkv.device):
+            return None
+        # an optimizer step or a loaded checkpoint changes a version, a move a pointer
+        key = (dtype, *[(w.data_ptr(), w._version) for w in products])
+        if key != self._key:
+            with torch.inference_mode(False):
+                self._key, self._cast = key, fused_block.cast(weights, dtype)
+        return self._cast
+
+    def __deepcopy__(self, memo: dict) -> 'FusedForm':
+        """A copy of the model starts with an empty cache."""
+        return FusedForm()
+
+    def __getstate__(self) -> dict:
+        return {'_key': (), '_cast': None}

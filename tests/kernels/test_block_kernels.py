@@ -1,0 +1,181 @@
+"""Kernels of the operators around BiGLA against their definitions in float64.
+
+On a GPU, or on the CPU under Triton's interpreter (`TRITON_INTERPRET=1`, which must be set before
+Triton is imported: `test_block.py` runs this file so).
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmvig.kernels import reference
+
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+GPU = torch.cuda.is_available() and not INTERPRETED
+if importlib.util.find_spec('triton') is None:
+    pytest.skip('needs Triton', allow_module_level=True)
+if not (GPU or INTERPRETED):
+    pytest.skip('needs a CUDA device or TRITON_INTERPRET=1', allow_module_level=True)
+
+from mmvig.kernels import (  # noqa: E402
+    depthwise_conv_kernels,
+    gated_head_norm_kernels,
+    log_gates_kernels,
+    residual_norm_kernels,
+    swiglu_kernels,
+)
+
+DEVICE = 'cuda' if GPU else 'cpu'
+FP32 = torch.float32
+# Largest ||x - y|| / ||y||: the rounding of results, and of what a product takes.
+TOLERANCE = {FP32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+DTYPES = list(TOLERANCE) if GPU else list(TOLERANCE)[:2]
+dtypes = pytest.mark.parametrize('dtype', DTYPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    """New memory is full of NaN, so that what a kernel does not write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def rand(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def double(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().double().requires_grad_() for t in tensors]
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype) -> None:
+    assert actual.keys() == expected.keys()
+    for name, x in actual.items():
+        y = expected[name]
+        assert x.shape == y.shape, name
+        error = ((x.double() - y).norm() / y.norm()).item()
+        assert error < TOLERANCE[dtype], f'{name}: {error:.2e}'
+
+
+@dtypes
+@pytest.mark.parametrize(('rows', 'features'), [(1, 1), (33, 40), (5, 600)])
+def test_swiglu(rows: int, features: int, dtype: torch.dtype) -> None:
+    x, dout = rand(rows, 2 * features, dtype=dtype), rand(rows, features, dtype=dtype)
+    dx, again = swiglu_kernels.backward(x, dout, with_out=True)
+    actual = {'out': swiglu_kernels.forward(x), 'again': again, 'dx': dx}
+    (leaf,) = double(x)
+    out = reference.swiglu(leaf)
+    (dx,) = torch.autograd.grad(out, leaf, dout.double())
+    assert_close(actual, {'out': out, 'again': out, 'dx': dx}, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize('center', [False, True])
+@pytest.mark.parametrize('branch', ['none', 'plain', 'dropped'])
+@pytest.mark.parametrize(('samples', 'tokens', 'dims'), [(2, 37, 48), (3, 1, 5), (1, 200, 130)])
+def test_residual_norm(
+    samples: int, tokens: int, dims: int, branch: str, center: bool, dtype: torch.dtype
+) -> None:
+    shape = (samples, tokens, dims)
+    x, weight, bias = rand(*shape), rand(dims), rand(dims) if center else None
+    y = None if branch == 'none' else rand(*shape, dtype=dtype)
+    keep = None
+    if branch == 'dropped':
+        keep = 1.5 * (1 - torch.arange(samples, device=DEVICE) % 2)
+    total, out = residual_norm_kernels.forward(x, y, keep, weight, bias, 1e-3, dtype)
+    dtotal, dout = rand(*shape), rand(*shape, dtype=dtype)
+    y_dtype = None if y is None else dtype
+    dx, dy, dparams = residual_norm_kernels.backward(
+        total, keep, weight, dtotal, dout, 1e-3, y_dtype, center
+    )
+    actual = dict(total=total, out=out, dx=dx, dweight=dparams[0])
+    leaves = dict(x=x, y=y, weight=weight, bias=bias)
+    leaves = {k: double(v)[0] for k, v in leaves.items() if v is not None}
+    wide_keep = None if keep is None else keep.double()
+    total, out = reference.residual_norm(
+        leaves['x'], leaves.get('y'), leaves['weight'], leaves.get('bias'), 1e-3, wide_keep
+    )
+    loss = (total * dtotal).sum() + (out * dout).sum()
+    grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    expected = dict(total=total, out=out) | {f'd{name}': g for name, g in grads.items()}
+    if y is not None:
+        actual['dy'] = dy
+    if center:
+        actual['dbias'] = dparams[1]
+    assert_close(actual, expected, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize('silu', [False, True])
+@pytest.mark.parametrize('with_bias', [False, True])
+@pytest.mark.parametrize(('rows', 'heads', 'dims'), [(37, 3, 16), (100, 2, 24), (1, 1, 64)])
+def test_gated_head_norm(
+    rows: int, heads: int, dims: int, with_bias: bool, silu: bool, dtype: torch.dtype
+) -> None:
+    width = heads * dims
+    x, local = rand(rows, width, dtype=dtype), rand(rows, 2 * width, dtype=dtype)[:, width:]
+    gate, dout = rand(rows, width + 3, dtype=dtype)[:, :width], rand(rows, width, dtype=dtype)
+    weights, bias = (rand(dims), rand(dims)), rand(width) if with_bias else None
+    out = gated_head_norm_kernels.forward(x, local, gate, bias, *weights, silu, 1e-3)
+    dx, dlocal, dgate, shares = gated_head_norm_kernels.backward(
+        x, local, gate, bias, *weights, dout, silu, 1e-3
+    )
+    dw = shares[:2].sum(1)
+    actual = dict(out=out, dx=dx, dlocal=dlocal, dgate=dgate, dw=dw, dbias=shares[2].flatten())
+    bias = torch.zeros(width, device=DEVICE) if bias is None else bias
+    leaves = double(x, local, gate, *weights, bias)
+    out = reference.gated_head_norm(*leaves, silu, 1e-3)
+    *grads, dw_x, dw_local, dbias = torch.autograd.grad(out, leaves, dout.double())
+    names = ('out', 'dx', 'dlocal', 'dgate', 'dw', 'dbias')
+    values = (out, *grads, torch.stack([dw_x, dw_local]), dbias)
+    assert_close(actual, dict(zip(names, values, strict=True)), dtype)
+
+
+MAPS = [
+    (2, 24, [(5, 19)]),
+    (1, 70, [(1, 1)]),
+    (2, 24, [(9, 6), (5, 8), (3, 4)]),
+    (1, 70, [(20, 3), (1, 9)]),
+]
+
+
+@pytest.mark.parametrize('dtype', DTYPES if GPU else [FP32], ids=str)  # slow in the interpreter
+@pytest.mark.parametrize('act', ['none', 'silu', 'gelu'])
+@pytest.mark.parametrize(('samples', 'dims', 'shapes'), MAPS)
+def test_depthwise_conv(
+    samples: int, dims: int, shapes: list, act: str, dtype: torch.dtype
+) -> None:
+    x, dout = (rand(samples, sum(h * w for h, w in shapes), dims, dtype=dtype) for _ in range(2))
+    weight, bias = rand(dims, 1, 3, 3), rand(dims) if dims == 24 else None
+    out = depthwise_conv_kernels.convolve(x, weight, bias, shapes, act)
+    dx, dparams = depthwise_conv_kernels.backward(x, weight, bias, dout, shapes, act, True)
+    actual = dict(out=out, dx=dx, dweight=dparams[:, :9].reshape(weight.shape))
+    leaves = dict(x=x, weight=weight, bias=bias)
+    leaves = {k: double(v)[0] for k, v in leaves.items() if v is not None}
+    out = reference.depthwise_conv(leaves['x'], leaves['weight'], shapes, leaves.get('bias'), act)
+    grads = torch.autograd.grad(out, list(leaves.values()), dout.double())
+    expected = dict(out=out) | {f'd{k}': g for k, g in zip(leaves, grads, strict=True)}
+    if bias is not None:
+        actual['dbias'] = dparams[:, 9]
+    assert_close(actual, expected, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize(('rows', 'dims'), [(70, 96), (1, 16), (200, 300)])
+def test_log_gates(rows: int, dims: int, dtype: torch.dtype) -> None:
+    low = rand(rows, 48, dtype=dtype)[:, 16:32]
+    weight, bias = rand(dims, 16) / 4, rand(dims)
+    fwd, bwd = log_gates_kernels.forward(low, weight, bias, FP32)
+    grads = [rand(rows, dims // 2) for _ in range(2)]
+    dlow, shares = log_gates_kernels.backward(low, weight, bias, *grads)
+    actual = dict(out=torch.cat([fwd, bwd], 1), dlow=dlow, dweight=shares[:-1].t(), db=shares[-1])
+    leaves = double(low, weight, bias)
+    out = torch.cat(reference.log_gates(*leaves), 1)
+    expected = torch.autograd.grad(out, leaves, torch.cat(grads, 1).double())
+    names = ('out', 'dlow', 'dweight', 'db')
+    assert_close(actual, dict(zip(names, (out, *expected), strict=True)), dtype)
