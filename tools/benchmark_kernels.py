@@ -17,7 +17,7 @@ import torch
 import triton
 from benchmarks import timing
 
-OPS = ('bigla', 'ms_deform_attn')
+OPS = ('bigla', 'block', 'ms_deform_attn')
 COLUMNS = (
     'fwd eager', 'fwd graph', 'f+b eager', 'f+b graph', 'bwd graph', 'fwd MiB', 'f+b MiB', 'error'
 )  # fmt: skip

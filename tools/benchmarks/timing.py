@@ -14,14 +14,15 @@ GIB = 2**30
 class Contender:
     """One implementation of a case.
 
-    `run` is the forward, of differentiable `inputs`; `errors` compares an output and the gradients
-    of the inputs with a reference, and returns an error each, relative, to be at most `tolerance`.
+    `run` is the forward, of differentiable `inputs`, to a tensor or a tuple of them; `errors`
+    compares the output and the gradients of the inputs, for a gradient of the output, with a
+    reference, and returns an error each, relative, to be at most `tolerance`.
     """
 
     name: str
-    run: Callable[..., Tensor]
+    run: Callable[..., Tensor | tuple[Tensor, ...]]
     inputs: list[Tensor]
-    errors: Callable[[Tensor, tuple[Tensor, ...], Tensor], list[float]]
+    errors: Callable[..., list[float]]
     tolerance: float
 
 
@@ -65,10 +66,14 @@ def measure(case: str, contender: Contender) -> Figures:
     figures = Figures(case, contender.name)
     try:
         out = contender.run(*contender.inputs)
-        grad = torch.randn_like(out)
+        if isinstance(out, tuple):
+            grad = tuple(torch.randn_like(x) for x in out)
+            result = tuple(x.detach() for x in out)
+        else:
+            grad, result = torch.randn_like(out), out.detach()
         grads = torch.autograd.grad(out, contender.inputs, grad)
-        figures.error = max(contender.errors(out.detach(), grads, grad))
-        del out, grads
+        figures.error = max(contender.errors(result, grads, grad))
+        del out, result, grads
         if not figures.error <= contender.tolerance:
             figures.note = f'wrong: error over {contender.tolerance}'
             return figures
@@ -78,7 +83,7 @@ def measure(case: str, contender: Contender) -> Figures:
     return figures
 
 
-def _time(figures: Figures, contender: Contender, grad: Tensor) -> None:
+def _time(figures: Figures, contender: Contender, grad: Tensor | tuple[Tensor, ...]) -> None:
     """Fills in times and memory."""
 
     def forward() -> None:

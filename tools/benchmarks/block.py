@@ -1,0 +1,138 @@
+"""The operators around BiGLA in ViG's block, beside PyTorch's for the same, eager or compiled.
+
+bfloat16 with weights and the residual stream in float32, as under autocast.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.timing import Contender
+from mmvig import kernels
+from mmvig.kernels import reference
+
+BF16, FP32 = torch.bfloat16, torch.float32
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Batch, height and width of the map in tokens, channels, heads, hidden channels of the FFN."""
+
+    batch: int
+    hw: tuple[int, int]
+    dims: int
+    heads: int
+    hidden: int
+
+    def tokens(self, dims: int, dtype: torch.dtype = BF16) -> Tensor:
+        """Random tokens, a leaf."""
+        shape = (self.batch, self.hw[0] * self.hw[1], dims)
+        return torch.randn(shape, device='cuda').to(dtype).requires_grad_()
+
+
+SIZES = {
+    'det tiny': Size(2, (50, 84), 192, 3, 512),
+    'det base': Size(2, (50, 84), 768, 12, 2048),
+    '224 px tiny': Size(256, (14, 14), 192, 3, 512),
+    '224 px base': Size(256, (14, 14), 768, 12, 2048),
+}
+OPS = ('swiglu', 'residual_norm', 'gated_head_norm', 'depthwise_conv', 'log_gates')
+CASES = {f'{op}, {size}': (op, SIZES[size]) for size in SIZES for op in OPS}
+
+
+def _weight(*shape: int) -> Tensor:
+    return torch.randn(shape, device='cuda', requires_grad=True)
+
+
+def _draw(op: str, size: Size) -> tuple[list[Tensor], Callable[..., list]]:
+    """Leaves, and what makes the operator's arguments of them."""
+    c = size.dims
+    if op == 'swiglu':
+        return [size.tokens(2 * size.hidden)], lambda x: [x]
+    if op == 'residual_norm':
+        leaves = [size.tokens(c, FP32), size.tokens(c), _weight(c)]
+        return leaves, lambda x, y, w: [x, y, w, None, 1e-6, None, BF16]
+    if op == 'gated_head_norm':
+        leaves = [*(size.tokens(c) for _ in range(3)), *(_weight(c // size.heads) for _ in 'xl')]
+        return [*leaves, _weight(c)], lambda *leaves: [*leaves, True]
+    if op == 'depthwise_conv':
+        leaves = [size.tokens(c), _weight(c, 1, 3, 3)]
+        return leaves, lambda x, w: [x, w, [size.hw], None, 'silu']
+    return [size.tokens(16), _weight(c, 16), _weight(c)], lambda *leaves: [*leaves, FP32]
+
+
+def _as_before(op: str) -> Callable[..., Outputs]:
+    """What ViG's modules did with PyTorch's operators under autocast."""
+
+    def gated_head_norm(
+        x: Tensor, local: Tensor, gate: Tensor, wx: Tensor, wl: Tensor, bias: Tensor, silu: bool
+    ) -> Tensor:
+        share = (gate + bias.to(BF16)).sigmoid()
+        x, local = (
+            F.rms_norm(t.float().unflatten(-1, (-1, w.numel())), w.shape, w, 1e-6).flatten(-2)
+            for t, w in ((x, wx), (local, wl))
+        )
+        return F.silu(share * x + (1 - share) * local).to(BF16)
+
+    def depthwise_conv(x: Tensor, w: Tensor, shapes: list, bias: None, act: str) -> Tensor:
+        maps = x.unflatten(1, shapes[0]).permute(0, 3, 1, 2)
+        maps = F.silu(F.conv2d(maps, w.to(BF16), bias, padding=1, groups=w.shape[0]))
+        return maps.flatten(2).transpose(1, 2)
+
+    def log_gates(low: Tensor, w: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple:
+        gates = F.logsigmoid(F.linear(low, w.to(BF16), bias.to(BF16)).float()) / 16
+        return gates.chunk(2, -1)
+
+    def swiglu(x: Tensor) -> Tensor:
+        gate, x = x.chunk(2, -1)
+        return F.silu(gate) * x
+
+    forms = (gated_head_norm, depthwise_conv, log_gates, swiglu)
+    return {form.__name__: form for form in forms}.get(op, getattr(reference, op))
+
+
+def traffic(case: str) -> tuple[int, int]:
+    """Bytes that must be moved: leaves read and results written; twice that and gradients."""
+    leaves, arguments = _draw(*CASES[case])
+    with torch.no_grad():
+        out = getattr(kernels, CASES[case][0])(*arguments(*leaves))
+    outs = out if isinstance(out, tuple) else (out,)
+    read, written = (sum(x.nbytes for x in xs) for xs in (leaves, outs))
+    return read + written, 3 * read + 2 * written
+
+
+def l2_traffic(case: str) -> None:
+    """Not counted: nothing but the conv reads anything twice."""
+
+
+def contenders(case: str) -> Iterator[Contender]:
+    """Everything that is measured on a case."""
+    op, size = CASES[case]
+    leaves, arguments = _draw(op, size)
+
+    def expect(*wide: Tensor) -> Outputs:
+        args = arguments(*wide)
+        return getattr(reference, op)(*[FP32 if x is BF16 else x for x in args])
+
+    def errors(out: Outputs, grads: tuple[Tensor, ...], grad: Outputs) -> list[float]:
+        wide = [x.detach().float().requires_grad_() for x in leaves]
+        wanted = expect(*wide)
+        outs, grad = (x if isinstance(x, tuple) else (x,) for x in (out, grad))
+        wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+        wanted_grads = torch.autograd.grad(wanted, wide, [g.float() for g in grad])
+        pairs = zip((*outs, *grads), (*wanted, *wanted_grads), strict=True)
+        return [((x.float() - y).norm() / y.norm()).item() for x, y in pairs]
+
+    before = _as_before(op)
+    torch._dynamo.reset()
+    for name, function in (
+        ('mmvig', getattr(kernels, op)),
+        ('PyTorch', before),
+        ('PyTorch, compiled', torch.compile(before, fullgraph=True, dynamic=False)),
+    ):
+        run = lambda *leaves, function=function: function(*arguments(*leaves))  # noqa: E731
+        yield Contender(name, run, leaves, errors, 3e-2)
