@@ -83,6 +83,8 @@ def load_config(args: argparse.Namespace, name: str) -> Config:
         batch_size=args.batch_size,
         num_workers=args.workers,
         persistent_workers=args.workers > 0,
+        # no end of an epoch, where the workers start anew, within the few steps of a small set
+        sampler=dict(type='InfiniteSampler', shuffle=True),
     )
     if args.data_root:
         innermost_dataset(cfg).data_root = args.data_root
