@@ -5,18 +5,19 @@ S tokens of the three levels of strides 8, 16 and 32, concatenated.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvig.checkpoint import init_pretrained
-from mmvig.models.layers.deform_attn import DeformableAttention, Levels, make_levels
+from mmvig.models.layers.deform_attn import Levels, make_levels
 from mmvig.models.layers.embed import (
     autocast_dtype,
     check_image,
@@ -25,69 +26,11 @@ from mmvig.models.layers.embed import (
     to_map,
     to_tokens,
 )
-from mmvig.models.layers.ffn import ConvFFN
+from mmvig.models.layers.interaction import Extractor, Injector, Interaction, Stream
 from mmvig.models.layers.spatial_prior import SpatialPriorModule, init_conv
 from mmvig.models.utils import ascending_indices
 
-EPS = 1e-6
 STRIDES = (4, 8, 16, 32)
-
-
-class Injector(nn.Module):
-    """Tokens take from the pyramid: `x + gamma * attn(norm(x), norm(c))`; gamma starts at 0."""
-
-    def __init__(self, dims: int, num_heads: int, num_points: int, value_ratio: float) -> None:
-        super().__init__()
-        self.query_norm = nn.LayerNorm(dims, eps=EPS)
-        self.feat_norm = nn.LayerNorm(dims, eps=EPS)
-        self.attn = DeformableAttention(dims, num_heads, 3, num_points, value_ratio)
-        self.gamma = nn.Parameter(torch.zeros(dims))
-
-    def forward(self, x: Tensor, c: Tensor, grid: Levels, pyramid: Levels) -> Tensor:
-        """x (B, N, C) of the grid, c (B, S, C) of the pyramid's three levels, to (B, N, C)."""
-        return x + self.gamma * self.attn(self.query_norm(x), self.feat_norm(c), grid, pyramid)
-
-
-class Extractor(nn.Module):
-    """The pyramid takes from the tokens, then a feed-forward network with a depthwise conv."""
-
-    def __init__(
-        self,
-        dims: int,
-        num_heads: int,
-        num_points: int,
-        value_ratio: float,
-        ffn_ratio: float,
-        drop_path: float,
-    ) -> None:
-        super().__init__()
-        self.query_norm = nn.LayerNorm(dims, eps=EPS)
-        self.feat_norm = nn.LayerNorm(dims, eps=EPS)
-        self.attn = DeformableAttention(dims, num_heads, 1, num_points, value_ratio)
-        self.ffn = ConvFFN(dims, int(dims * ffn_ratio))
-        self.ffn_norm = nn.LayerNorm(dims, eps=EPS)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, c: Tensor, x: Tensor, grid: Levels, pyramid: Levels) -> Tensor:
-        """c (B, S, C) of the pyramid, x (B, N, C) of the grid, to (B, S, C)."""
-        c = c + self.attn(self.query_norm(c), self.feat_norm(x), pyramid, grid)
-        return c + self.drop_path(self.ffn(self.ffn_norm(c), pyramid.shapes))
-
-
-class Interaction(nn.Module):
-    """Parts of one interaction: an injector before some blocks of the trunk, extractors after."""
-
-    def __init__(self, injector: Injector, extractor: Extractor, extra: list[Extractor]) -> None:
-        super().__init__()
-        self.injector = injector
-        self.extractor = extractor
-        self.extra_extractors = nn.ModuleList(extra) if extra else None
-
-    def extract(self, c: Tensor, x: Tensor, grid: Levels, pyramid: Levels) -> Tensor:
-        """Runs the extractors in turn; arguments as of `Extractor.forward`."""
-        for extractor in (self.extractor, *(self.extra_extractors or ())):
-            c = extractor(c, x, grid, pyramid)
-        return c
 
 
 @MODELS.register_module()
@@ -183,7 +126,8 @@ class ViTAdapter(BaseModule):
         c1, *maps = self.spm(x)
         pyramid = make_levels([(m.shape[2], m.shape[3]) for m in maps], x.device)
         c = torch.cat([to_tokens(m) + e for m, e in zip(maps, self.level_embed, strict=True)], 1)
-        c, token_maps = self._interact(*self.trunk.embed(x), c, pyramid)
+        x, hw = self.trunk.embed(x)
+        c, tokens = self._interact(x, hw, c, pyramid)
 
         c = c.to(autocast_dtype(c))  # once; transposed conv, and convs behind the backbone, do so
         levels = zip(c.split(pyramid.sizes, 1), pyramid.shapes, strict=True)
@@ -191,9 +135,9 @@ class ViTAdapter(BaseModule):
         outs = []
         for i in self.out_indices:
             m = maps[i - 1] if i > 0 else self.up(maps[0]) + c1
-            tokens = token_maps[i if self.token_maps == 'each' else -1]
+            last = to_map(tokens[i if self.token_maps == 'each' else -1], hw)
             norm = getattr(self, f'norm{i + 1}')
-            out = norm(m + _resize(tokens, (m.shape[2], m.shape[3])).to(m.dtype))
+            out = norm(m + _resize(last, (m.shape[2], m.shape[3])).to(m.dtype))
             out = out[:, :, : sizes[i][0], : sizes[i][1]]
             outs.append(out.contiguous(memory_format=torch.channels_last))
         return tuple(outs)
@@ -201,17 +145,17 @@ class ViTAdapter(BaseModule):
     def _interact(
         self, x: Tensor, hw: tuple[int, int], c: Tensor, pyramid: Levels
     ) -> tuple[Tensor, list[Tensor]]:
-        """Runs trunk and interactions: the pyramid (B, S, C), and the token map after each."""
+        """Runs trunk and interactions: the pyramid (B, S, C), and the tokens after each."""
         grid = make_levels([hw], x.device)
-        token_maps = []
+        stream, tokens = Stream(c), []
         for part, (first, last) in zip(self.interactions, self.interaction_indexes, strict=True):
-            x = self._run(part.injector, x, c, grid, pyramid)
+            x, stream = self._run(part.injector, x, stream, grid, pyramid)
             x = self.trunk.forward_blocks(x, hw, first, last + 1)
-            c = self._run(part.extract, c, x, grid, pyramid)
-            token_maps.append(to_map(x, hw))
-        return c, token_maps
+            stream = self._run(part.extract, stream, x, grid, pyramid)
+            tokens.append(x)
+        return stream.sum(), tokens
 
-    def _run(self, function: Callable[..., Tensor], *args: Tensor | Levels) -> Tensor:
+    def _run(self, function: Callable[..., Any], *args: Tensor | Stream | Levels) -> Any:
         if self.with_cp and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)

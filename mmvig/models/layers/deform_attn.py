@@ -7,11 +7,11 @@ import math
 from collections import OrderedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmvig.kernels import ms_deform_attn
 from mmvig.models.layers.embed import is_capturing
+from mmvig.models.layers.linear import Linear, merged_linear
 
 # lists of sizes whose tables are kept; the largest of them are 8 bytes a token
 MAX_LEVELS = 64
@@ -117,10 +117,10 @@ class DeformableAttention(nn.Module):
             )
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         num_samples = num_heads * num_levels * num_points
-        self.sampling_offsets = nn.Linear(embed_dims, 2 * num_samples)
-        self.attention_weights = nn.Linear(embed_dims, num_samples)
-        self.value_proj = nn.Linear(embed_dims, value_dims)
-        self.output_proj = nn.Linear(value_dims, embed_dims)
+        self.sampling_offsets = Linear(embed_dims, 2 * num_samples)
+        self.attention_weights = Linear(embed_dims, num_samples)
+        self.value_proj = Linear(embed_dims, value_dims)
+        self.output_proj = Linear(value_dims, embed_dims)
         self._reset_parameters()
 
     def forward(self, query: Tensor, feat: Tensor, grid: Levels, levels: Levels) -> Tensor:
@@ -145,13 +145,9 @@ class DeformableAttention(nn.Module):
         """Locations (B, Q, H, L, P, 2) and weights (B, Q, H, L, P), in float32 at least."""
         heads = (self.num_heads, self.num_levels, self.num_points)
         linears = (self.sampling_offsets, self.attention_weights)
-        # one product for both: the query is read, and under autocast cast, only once
-        samples = F.linear(
-            query,
-            torch.cat([linear.weight for linear in linears]),
-            torch.cat([linear.bias for linear in linears]),
+        offsets, logits = merged_linear(
+            query, [x.weight for x in linears], [x.bias for x in linears]
         )
-        offsets, logits = samples.split([linear.out_features for linear in linears], -1)
         # offsets are in pixels of their level
         locations = centers + offsets.unflatten(-1, (*heads, 2)) * pixel
         dtype = torch.promote_types(logits.dtype, torch.float32)

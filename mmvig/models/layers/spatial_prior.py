@@ -2,8 +2,12 @@
 
 import math
 
+import torch
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
+
+from mmvig.kernels.dispatch import form
+from mmvig.models.layers.linear import merged_linear
 
 
 class SpatialPriorModule(nn.Module):
@@ -60,8 +64,16 @@ class SpatialPriorModule(nn.Module):
         c2 = self.conv2(c1)
         c3 = self.conv3(c2)
         c4 = self.conv4(c3)
-        finest = None if self.fc1 is None else self.fc1(c1)
-        return finest, self.fc2(c2), self.fc3(c3), self.fc4(c4)
+        finest = None if self.fc1 is None else project(self.fc1, c1)
+        return finest, project(self.fc2, c2), project(self.fc3, c3), project(self.fc4, c4)
+
+
+def project(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1x1 conv of (B, C, H, W): on a GPU, and compiled, as a product with the bias in it."""
+    if form(x) != 'eager' and not torch.compiler.is_compiling():
+        return conv(x)
+    (out,) = merged_linear(x.permute(0, 2, 3, 1), [conv.weight.flatten(1)], [conv.bias])
+    return out.permute(0, 3, 1, 2)
 
 
 def init_conv(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
