@@ -1,8 +1,9 @@
 """Bidirectional gated linear attention: checks, autograd, dispatch.
 
-`torch.ops.mmvig.bidirectional_gla` is the fused operator, in Triton for CUDA tensors; everything
-else takes `bigla_chunked`, the same function in plain PyTorch. Compiled code always has the
-operator: the plain form recurses over the tokens, whose number a compiled graph leaves open.
+`torch.ops.mmvig.bidirectional_gla` is the fused operator, in Triton for CUDA tensors. Eager code
+takes the same kernels through an autograd function, which spares the host the dispatcher's time;
+everything else takes `bigla_chunked`, the same function in plain PyTorch. Compiled code always has
+the operator: the plain form recurses over the tokens, whose number a compiled graph leaves open.
 """
 
 from functools import partial
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mmvig.kernels import bigla_chunked
+from mmvig.kernels.dispatch import form, working_dtype
 
 MAX_KEY_DIM = 128
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def bidirectional_gla(
@@ -51,13 +52,14 @@ def bidirectional_gla(
     """
     _check(q, k, v, log_gate_fwd, log_gate_bwd)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    device = q.device.type
-    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    args = (q, k, v, log_gate_fwd, log_gate_bwd, scale)
-    if _has_kernel(q, log_gate_fwd, log_gate_bwd) or torch.compiler.is_compiling():
+    dtype = working_dtype(q)
+    gates = (log_gate_fwd, log_gate_bwd)
+    args = (q.to(dtype), k.to(dtype), v.to(dtype), *gates, scale)
+    if torch.compiler.is_compiling() or form(*args[:5]) == 'registered':
         return torch.ops.mmvig.bidirectional_gla(*args)
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in args[:5])
+    if _has_trusted_kernel(args[0], args[2], *gates, gradients):
+        return _Eager.apply(*args)
     return bigla_chunked.bidirectional_gla(*args)
 
 
@@ -80,16 +82,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor) -> None:
             raise ValueError(f'{name} is on {x.device}, q on {q.device}')
 
 
-def _has_kernel(q: Tensor, gf: Tensor, gb: Tensor) -> bool:
-    """Whether the fused operator covers these arguments."""
-    sizes = q.numel() > 0 and q.shape[-1] <= MAX_KEY_DIM
-    return q.is_cuda and sizes and all(x.dtype in DTYPES for x in (q, gf, gb))
-
-
 def _has_trusted_kernel(q: Tensor, v: Tensor, gf: Tensor, gb: Tensor, gradients: bool) -> bool:
     """Whether there is a kernel for these arguments, and it passed its self-check."""
-    if not _has_kernel(q, gf, gb):
+    if form(q, gf, gb) == 'plain' or q.shape[-1] > MAX_KEY_DIM:
         return False
+    # Imported here, as the kernels are, since PyTorch builds for the CPU come without Triton.
     from mmvig.kernels.bigla_trust import trusted
 
     return trusted(q.device, q.dtype, gf.dtype, q.shape[-1], v.shape[-1], gradients)
@@ -99,14 +96,25 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@torch.library.custom_op('mmvig::bidirectional_gla', mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float) -> Tensor:
-    if not _has_trusted_kernel(q, v, gf, gb, False):
-        return bigla_chunked.bidirectional_gla(q, k, v, gf, gb, scale).contiguous()
-    # Imported here since PyTorch builds for the CPU come without Triton.
+def _launch(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float) -> Tensor:
     from mmvig.kernels.bigla_fwd import forward
 
     return forward(*(_unit_stride(x) for x in (q, k, v, gf, gb)), scale)
+
+
+def _launch_backward(
+    q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from mmvig.kernels.bigla_bwd import backward
+
+    return backward(*(_unit_stride(x) for x in (q, k, v, gf, gb, do)), scale)
+
+
+@torch.library.custom_op('mmvig::bidirectional_gla', mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float) -> Tensor:
+    if _has_trusted_kernel(q, v, gf, gb, False):
+        return _launch(q, k, v, gf, gb, scale)
+    return bigla_chunked.bidirectional_gla(q, k, v, gf, gb, scale).contiguous()
 
 
 @_forward.register_fake
@@ -118,11 +126,9 @@ def _(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float) -> 
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if not _has_trusted_kernel(q, v, gf, gb, True):
-        return chunked_backward(q, k, v, gf, gb, do, scale)
-    from mmvig.kernels.bigla_bwd import backward
-
-    return backward(*(_unit_stride(x) for x in (q, k, v, gf, gb, do)), scale)
+    if _has_trusted_kernel(q, v, gf, gb, True):
+        return _launch_backward(q, k, v, gf, gb, do, scale)
+    return chunked_backward(q, k, v, gf, gb, do, scale)
 
 
 def chunked_backward(
@@ -162,3 +168,16 @@ def _refuse(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> None:
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(_refuse)
+
+
+class _Eager(torch.autograd.Function):
+    """The kernels without the dispatcher, on a GPU where they are trusted."""
+
+    forward = staticmethod(_launch)
+    setup_context = staticmethod(_save)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, do: Tensor) -> tuple:
+        if torch.is_grad_enabled():  # with a graph of its own, at whose end the operator refuses
+            return _differentiate(ctx, do)
+        return (*_launch_backward(*ctx.saved_tensors, do, ctx.scale), None)

@@ -43,23 +43,30 @@ class Plan:
 
 def make_plan(q: Tensor, v: Tensor) -> Plan:
     """Chooses the launch parameters for q (B, N, H, K) and v (B, N, H, V)."""
-    b, n, h, dk = q.shape
-    dv = v.shape[-1]
-    half = q.dtype == torch.bfloat16
-    # As large as registers and shared memory allow; TF32 and its threefold use take more.
-    size = dk * {torch.bfloat16: 1, torch.float16: 2, torch.float32: 4}[q.dtype]
-    chunk = 64 if size <= 32 else 32 if size <= 64 else 16
+    return plan_for(*q.shape, v.shape[-1], q.dtype, q.device)
+
+
+@lru_cache(maxsize=1024)
+def plan_for(
+    b: int, n: int, h: int, dk: int, dv: int, dtype: torch.dtype, device: torch.device
+) -> Plan:
+    """As `make_plan`; remembered, since small calls wait for the host."""
+    half = dtype == torch.bfloat16
+    # As large as registers and shared memory allow; TF32 and its threefold use take more. Scores of
+    # 64 tokens in TF32, which float16 would have at key dim 16, fault on Hopper (Triton 3.6).
+    size = dk * {torch.bfloat16: 1, torch.float16: 2, torch.float32: 4}[dtype]
+    chunk = 64 if half and size <= 32 else 32 if size <= 64 else 16
     block_v = min(32 if chunk == 16 and dk > 32 else 64, max(16, triton.next_power_of_2(dv)))
     heads = b * h * triton.cdiv(dv, block_v)
     return Plan(
         chunk=chunk,
-        chunks=choose_chunks(triton.cdiv(n, chunk), heads, RESIDENT * processors(q.device)),
+        chunks=choose_chunks(triton.cdiv(n, chunk), heads, RESIDENT * processors(device)),
         block_k=max(16, triton.next_power_of_2(dk)),
         block_v=block_v,
         # float16 has too little range for the factors of a decay; TF32 has its precision.
         op=tl.bfloat16 if half else tl.float32,
         torch_op=torch.bfloat16 if half else torch.float32,
-        precision='tf32x3' if q.dtype == torch.float32 else 'tf32',
+        precision='tf32x3' if dtype == torch.float32 else 'tf32',
         # One stage is miscompiled by Triton 3.6 where the products are Hopper's wgmma.
         reduce=dict(num_warps=4, num_stages=3 if half else 2),
         output=dict(num_warps=4, num_stages=3 if half else 2),
@@ -69,7 +76,6 @@ def make_plan(q: Tensor, v: Tensor) -> Plan:
     )
 
 
-@lru_cache(maxsize=1024)
 def choose_chunks(n_chunks: int, heads: int, slots: int) -> int:
     """Chunks of a segment that fill a device which runs `slots` programs at once.
 

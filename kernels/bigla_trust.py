@@ -28,6 +28,8 @@ def trusted(
 ) -> bool:
     """Whether the kernels passed their self-check for such inputs; runs it once per process.
 
+    With gradients the forward is checked, too. A failure is reported once for such inputs.
+
     While a CUDA graph is captured nothing may synchronize: what was not checked before is then
     taken to be right.
     """
@@ -48,17 +50,28 @@ def _checked(
     with torch.cuda.device(device), torch.inference_mode(False):
         fault = find_fault(device, dtype, gate_dtype, dk, dv, gradients)
     if fault is not None:
-        import triton
-
-        warnings.warn(
-            f'bidirectional_gla: the Triton kernel is wrong on this machine for {dtype}, key dim '
-            f'{dk}, value dim {dv} ({fault}; {torch.cuda.get_device_name(device)}, PyTorch '
-            f'{torch.__version__}, Triton {triton.__version__}); using the slower PyTorch path. '
-            'Run python -m mmvig.doctor for details',
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        _warn_once(device, dtype, dk, dv, fault)
     return fault is None
+
+
+# Inputs whose kernels were found wrong and warned of.
+_warned: set[tuple[torch.device, torch.dtype, int, int]] = set()
+
+
+def _warn_once(device: torch.device, dtype: torch.dtype, dk: int, dv: int, fault: str) -> None:
+    import triton
+
+    if (device, dtype, dk, dv) in _warned:
+        return
+    _warned.add((device, dtype, dk, dv))
+    warnings.warn(
+        f'bidirectional_gla: the Triton kernel is wrong on this machine for {dtype}, key dim '
+        f'{dk}, value dim {dv} ({fault}; {torch.cuda.get_device_name(device)}, PyTorch '
+        f'{torch.__version__}, Triton {triton.__version__}); using the slower PyTorch path. '
+        'Run python -m mmvig.doctor for details',
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def find_fault(

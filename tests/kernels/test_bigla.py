@@ -1,6 +1,8 @@
 """The public `bidirectional_gla`: arguments, dispatch, and life among PyTorch's features."""
 
 import importlib.util
+import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmvig.kernels import bidirectional_gla, bigla_chunked, bigla_trust, reference
+from mmvig.kernels import bidirectional_gla, bigla, bigla_chunked, bigla_trust, reference
 
 from .interpreter import run_interpreted
 
@@ -23,6 +25,18 @@ def make_inputs(tokens: int = 50, device: str = 'cpu', dtype=torch.float32) -> l
     v = torch.randn(2, tokens, 3, 64, device=device)
     gates = F.logsigmoid(torch.randn(2, 2, tokens, 3, 32, device=device)) / 16
     return [x.to(dtype).requires_grad_() for x in (q, k, v, *gates)]
+
+
+def grads_of(function, inputs: list[Tensor]) -> list[Tensor]:
+    out = function(*inputs)
+    weights = torch.sin(torch.arange(out.numel(), device=out.device, dtype=torch.float32))
+    return [out, *torch.autograd.grad((out.float() * weights.view_as(out)).sum(), inputs)]
+
+
+def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
+        error = ((x.double() - y.double()).norm() / y.double().norm()).item()
+        assert error < tolerance, f'{i}: {error:.2e}'
 
 
 @pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='needs Triton')
@@ -72,19 +86,58 @@ def test_no_tokens() -> None:
     assert bidirectional_gla(*(x[:0] for x in make_inputs(10))).shape == (0, 10, 3, 64)
 
 
+@pytest.fixture
+def launchers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The GPU's eager way on the CPU, PyTorch in the launchers' place; a record of their calls."""
+    calls = []
+
+    def forward(*args) -> Tensor:
+        calls.append('forward')
+        assert all(x.stride(-1) == 1 for x in args[:5])
+        return bigla_chunked.bidirectional_gla(*args)
+
+    def backward(*args) -> tuple[Tensor, ...]:
+        calls.append('backward')
+        assert all(x.stride(-1) == 1 for x in args[:6])
+        return bigla.chunked_backward(*args)
+
+    for name, function in (('bigla_fwd', forward), ('bigla_bwd', backward)):
+        module = types.SimpleNamespace(**{function.__name__: function})
+        monkeypatch.setitem(sys.modules, f'mmvig.kernels.{name}', module)
+    monkeypatch.setattr(bigla, '_has_trusted_kernel', lambda *args: True)
+    return calls
+
+
+def test_eager_calls_launch_the_kernels(launchers: list[str]) -> None:
+    inputs = make_inputs(30)
+    inputs[1] = inputs[1].detach().mT.contiguous().mT.requires_grad_()
+    actual = grads_of(bidirectional_gla, inputs)
+    assert launchers == ['forward', 'backward']
+    assert_close(actual, grads_of(bigla_chunked.bidirectional_gla, inputs), 1e-5)
+
+
+def test_eager_calls_are_differentiable_once(launchers: list[str]) -> None:
+    inputs = make_inputs(10)
+    out = bidirectional_gla(*inputs)
+    (dq,) = torch.autograd.grad(out.sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match='differentiable once'):
+        dq.sum().backward()
+
+
+def test_kernels_that_fail_their_check_are_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip('triton')
+    monkeypatch.setattr(bigla_trust, '_warned', set())
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'a GPU')
+    kind = (torch.device('cuda'), torch.bfloat16, 32, 64)
+    with pytest.warns(
+        RuntimeWarning, match='key dim 32, value dim 64 .error of dq; a GPU'
+    ) as record:
+        for fault in ('error of dq', 'error of dk'):
+            bigla_trust._warn_once(*kind, fault)
+    assert len(record) == 1
+
+
 # From here on: on a GPU.
-
-
-def grads_of(function, inputs: list[Tensor]) -> list[Tensor]:
-    out = function(*inputs)
-    weights = torch.sin(torch.arange(out.numel(), device=out.device, dtype=torch.float32))
-    return [out, *torch.autograd.grad((out.float() * weights.view_as(out)).sum(), inputs)]
-
-
-def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
-        error = ((x.double() - y.double()).norm() / y.double().norm()).item()
-        assert error < tolerance, f'{i}: {error:.2e}'
 
 
 @pytest.mark.gpu
@@ -180,12 +233,13 @@ def test_second_derivatives_are_refused() -> None:
 def test_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bigla_trust, 'find_fault', lambda *args: 'it was told to fail')
     bigla_trust._checked.cache_clear()
+    bigla_trust._warned.clear()
     inputs = make_inputs(60, 'cuda')
     with pytest.warns(RuntimeWarning, match='it was told to fail') as record:
         actual = [grads_of(bidirectional_gla, inputs) for _ in range(2)][0]
-    # One for the forward, one for the backward, none for the second time.
-    assert len([w for w in record if 'told to fail' in str(w.message)]) == 2
+    assert len([w for w in record if 'told to fail' in str(w.message)]) == 1
     bigla_trust._checked.cache_clear()
+    bigla_trust._warned.clear()
     # As the operator's fake has it, which compiled graphs rely on.
     assert all(x.is_contiguous() for x in actual)
     assert_close(actual, grads_of(bigla_chunked.bidirectional_gla, inputs), 1e-5)

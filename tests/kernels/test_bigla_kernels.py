@@ -192,3 +192,11 @@ def test_segments_fill_the_device(n_chunks: int, heads: int) -> None:
     chunks = choose_chunks(n_chunks, heads, 264)
     assert 1 <= chunks <= n_chunks
     assert heads * -(-n_chunks // chunks) >= min(heads * n_chunks, 264 // 2)
+
+
+def test_tf32_has_no_chunks_of_64_tokens() -> None:
+    for dk in (16, 32, 64, 128):
+        q, v = torch.empty(1, 300, 1, dk), torch.empty(1, 300, 1, 64)
+        assert make_plan(q.half(), v.half()).chunk <= 32
+        assert make_plan(q, v).chunk <= 32
+    assert make_plan(q.bfloat16()[..., :32], v.bfloat16()).chunk == 64
