@@ -106,7 +106,7 @@ def test_half_precision_on_a_gpu(arch: str) -> None:
             actual = step(block, x)
         for name, value in actual.items():
             error = (value.double() - expected[name]).norm() / expected[name].norm()
-            assert error < 4e-2, f'{name}, modules: {hook}'
+            assert error < 6e-2, f'{name}, modules: {hook}'
 
 
 def step(block: ViGBlock, x: Tensor) -> dict[str, Tensor]:
