@@ -17,6 +17,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 import mmvig  # noqa: F401  (before mmdet and mmseg: it answers for mmcv's compiled operators)
+from mmvig.engine.backbones import MODES
 
 TOOL_MODULES = ('__main__', 'cli', 'checkpoints')
 
@@ -41,6 +42,26 @@ def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none')
     # torch.distributed.launch passes the rank as an argument; torchrun sets it by itself.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def add_compile_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--compile`."""
+    parser.add_argument(
+        '--compile',
+        nargs='?',
+        const='default',
+        choices=MODES,
+        metavar='MODE',
+        help='compile the backbone, and nothing else, with torch.compile; the mode is one of '
+        f'{", ".join(MODES)}',
+    )
+
+
+def add_hook(cfg: Config, **hook: object) -> None:
+    """Appends a hook to the config's own; a config that has one of that type keeps it."""
+    hooks = cfg.get('custom_hooks') or []
+    if hook['type'] not in [h['type'] for h in hooks]:
+        cfg.custom_hooks = [*hooks, hook]
 
 
 def load_config(args: argparse.Namespace) -> Config:

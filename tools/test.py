@@ -22,6 +22,13 @@ def parse_args() -> argparse.Namespace:
         'folder (segmentation)',
     )
     parser.add_argument('--show-dir', help='draw the predictions to this folder')
+    cli.add_compile_argument(parser)
+    parser.add_argument(
+        '--cuda-graph',
+        action='store_true',
+        help='run the backbone as CUDA graphs, one for each input size from its second image on; '
+        'without a GPU as usual',
+    )
     return parser.parse_args()
 
 
@@ -74,6 +81,10 @@ def main() -> None:
     if args.show_dir:
         draw_predictions(cfg, args.show_dir)
 
+    if args.compile:
+        cli.add_hook(cfg, type='CompileBackboneHook', mode=args.compile)
+    if args.cuda_graph:
+        cli.add_hook(cfg, type='CudaGraphHook')
     runner = cli.build_runner(cfg)
     check_fits(runner.model, weights, args.checkpoint)
     runner.test()

@@ -143,3 +143,17 @@ def test_weights_that_do_not_fit_are_counted_and_named() -> None:
         check_fits(model, weights, 'x.pth')
     for part in ('2 missing (1.bias ...)', '1 unexpected (head.bias ...)', '(0.weight ...)'):
         assert part in str(caught.value)
+
+
+def test_a_hook_is_added_beside_others_and_not_twice() -> None:
+    from cli import add_hook
+
+    cfg = Config(dict(custom_hooks=[dict(type='EMAHook')]))
+    add_hook(cfg, type='CompileBackboneHook', mode='default')
+    add_hook(cfg, type='CompileBackboneHook', mode='max-autotune')
+    assert [h.to_dict() for h in cfg.custom_hooks] == [
+        dict(type='EMAHook'),
+        dict(type='CompileBackboneHook', mode='default'),
+    ]
+    add_hook(empty := Config(), type='CudaGraphHook')
+    assert [h.type for h in empty.custom_hooks] == ['CudaGraphHook']

@@ -36,7 +36,7 @@ def test_testing_evaluates_dumps_and_draws(trained: Run, tmp_path: Path) -> None
     out = 'out.pkl' if trained.task == 'detection' else 'out'
     log = run_tool(
         *('test.py', trained.config, trained.checkpoint),
-        *('--work-dir', 'work', '--out', out, '--show-dir', 'drawn'),
+        *('--work-dir', 'work', '--out', out, '--show-dir', 'drawn', '--cuda-graph'),
         cwd=tmp_path,
     )
     assert ('coco/bbox_mAP' if trained.task == 'detection' else 'mIoU') in log
@@ -67,6 +67,36 @@ def test_resume_goes_on(trained: Run, tmp_path: Path) -> None:
     assert ('Epoch(train) [2]' if trained.task == 'detection' else 'Iter(train) [3/3]') in log
     assert 'weights_only=False' not in log  # what mmengine does where it is not enough
     assert 'Iter(train) [1/' not in log and 'Epoch(train) [1]' not in log
+
+
+NARROW = """
+arch = dict(embed_dims=48, depth=4, num_heads=3, mlp_dims=48, conv_act=True, out_act=True)
+model = dict(
+    backbone=dict(
+        trunk=dict(_delete_=True, type='ViG', arch=arch),
+        deform_num_heads=4,
+        interaction_indexes=[(0, 0), (1, 1), (2, 2), (3, 3)],
+    ),
+    decode_head=dict(in_channels=[48, 48, 48, 48]),
+    auxiliary_head=dict(in_channels=48),
+)
+custom_hooks = [dict(type='CompileBackboneHook', backend='eager')]
+"""
+
+
+def test_compiled_training_writes_the_same_checkpoint_names(data: Path, tmp_path: Path) -> None:
+    """The flag leaves a config's own hook as it is: its back end needs no compiler."""
+    config = write_config('segmentation', data, tmp_path)
+    config.write_text(config.read_text() + NARROW)
+    log = run_tool(
+        *('train.py', config, '--work-dir', 'work', '--compile'),
+        *('--cfg-options', 'train_cfg.val_interval=9'),
+        cwd=tmp_path,
+    )
+    assert 'Iter(train) [2/2]' in log
+    weights = torch.load(tmp_path / 'work' / 'iter_2.pth', weights_only=False)['state_dict']
+    assert 'backbone.trunk.blocks.0.attn.qkv_proj.weight' in weights
+    assert not [name for name in weights if '_orig_mod' in name]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='wants one GPU a process')
