@@ -34,7 +34,7 @@ def greedy_nms(boxes: Tensor, valid: Tensor, iou_threshold: float) -> Tensor:
     return keep
 
 
-@triton.jit(do_not_specialize=['count', 'words'])
+@triton.jit
 def _overlap_kernel(p_boxes, p_worse, count, words, threshold, ROWS: tl.constexpr):
     """Bit j of word w of row i: whether box i is better than box 32 w + j and overlaps it.
 
@@ -59,7 +59,7 @@ def _overlap_kernel(p_boxes, p_worse, count, words, threshold, ROWS: tl.constexp
     tl.store(p_worse + row * words + tl.program_id(1), bits, mask=i < words * _WORD)
 
 
-@triton.jit(do_not_specialize=['count', 'words'])
+@triton.jit
 def _walk_kernel(p_valid, p_worse, p_keep, count, words, WORDS: tl.constexpr):
     """Keeps the best box that is left, drops what it overlaps, and so on, a word at a time.
 
