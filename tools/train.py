@@ -65,10 +65,11 @@ def set_precision(cfg: Config, amp: bool) -> str | None:
         return 'mixed precision needs a GPU and there is none: training in float32'
     if kind == 'OptimWrapper' and amp:
         wrapper.type = 'AmpOptimWrapper'
-        # bfloat16 has float32's range and needs no loss scale; GPUs before Ampere lack it.
+        # bfloat16 has float32's range and needs no loss scale, whose check waits for the GPU;
+        # GPUs before Ampere lack it.
         bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
         wrapper.dtype, wrapper.loss_scale = (
-            ('bfloat16', 1.0) if bfloat16 else ('float16', 'dynamic')
+            ('bfloat16', dict(enabled=False)) if bfloat16 else ('float16', 'dynamic')
         )
     return None
 
