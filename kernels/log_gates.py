@@ -15,6 +15,18 @@ from mmvig.kernels.dispatch import (
 RANKS = (16, 32, 64, 128)
 
 
+def gate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the log gates in a network of this dtype.
+
+    bfloat16 for bfloat16: rounding the gates adds 4e-4 at most to the relative error of BiGLA's
+    output and gradients, beside 2.5e-3 by the rounding of q, k and v, since the errors in a sum of
+    gates are independent. Not float16 for float16, whose subnormal range begins at gates of -6e-5.
+    """
+    if dtype == torch.bfloat16:
+        return dtype
+    return torch.promote_types(dtype, torch.float32)
+
+
 def log_gates(
     low: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -29,7 +41,7 @@ def log_gates(
         low: (..., R), any strides; no copy where the rows are evenly spaced.
         weight: (C, R).
         bias: (C,).
-        dtype: Of the gates; float32 or that of low, whichever is wider, where None.
+        dtype: Of the gates; `gate_dtype` of low's where None.
 
     Returns:
         (..., C / 2), contiguous, for the forward and the backward direction.
@@ -46,7 +58,7 @@ def log_gates(
         raise ValueError(f'bias must be ({weight.shape[0]},), got {tuple(bias.shape)}')
     check_devices(low, weight=weight, bias=bias)
     low = low.to(working_dtype(low))
-    dtype = torch.promote_types(low.dtype, torch.float32) if dtype is None else dtype
+    dtype = gate_dtype(low.dtype) if dtype is None else dtype
     way = form(low, weight, bias)
     if way == 'plain' or weight.shape[1] not in RANKS:
         return reference.log_gates(low, weight, bias, dtype)

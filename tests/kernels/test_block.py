@@ -158,6 +158,8 @@ def test_autocast_decides_the_dtype() -> None:
         assert residual_norm(X, None, W8, dtype=torch.float32)[1].dtype == torch.float32
         assert gated_head_norm(X, X, X, W4, W4).dtype == torch.bfloat16
         assert depthwise_conv(X, CONV, [(2, 3)]).dtype == torch.bfloat16
+        assert log_gates(X, torch.ones(6, 8), torch.ones(6))[0].dtype == torch.bfloat16
+    with torch.autocast('cpu', torch.float16):
         assert log_gates(X, torch.ones(6, 8), torch.ones(6))[0].dtype == torch.float32
 
 

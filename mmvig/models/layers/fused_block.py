@@ -21,6 +21,7 @@ from mmvig.kernels import (
 )
 from mmvig.kernels.depthwise_conv import launch as convolve
 from mmvig.kernels.depthwise_conv import launch_backward as convolve_backward
+from mmvig.kernels.log_gates import gate_dtype
 
 Function = torch.autograd.function.FunctionCtx
 
@@ -122,7 +123,9 @@ def forward(
     local = convolve(normed, w.conv, None, s.hw, s.act).view(-1, c)
     into = torch.mm(local, half.into.t())
     low = into[:, 3 * c :]
-    log_fwd, log_bwd = log_gates_kernels.forward(low, w.log_gate, w.log_gate_bias, torch.float32)
+    log_fwd, log_bwd = log_gates_kernels.forward(
+        low, w.log_gate, w.log_gate_bias, gate_dtype(s.dtype)
+    )
     mixed = torch.ops.mmvig.bidirectional_gla(
         *heads(into, log_fwd, log_bwd, b, s.num_heads), (c // 2 // s.num_heads) ** -0.5
     )
