@@ -1,0 +1,77 @@
+"""The backbones in the form that they take on a GPU, run on the CPU under Triton's interpreter.
+
+Only where the tensors are is different: every dispatch is told that there is a kernel for them.
+`test_gpu_forms.py` runs this file.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.models import test_vit_adapter
+from tests.models.test_vig import SMALL
+from tests.models.test_vig_h import small_vig_h
+
+
+def take_gpu_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has eager calls take the kernels, wherever the tensors are."""
+    importlib.import_module('mmvig.models.layers.fused_block')  # on a GPU, imported when called
+    for module in [m for name, m in sys.modules.items() if name.startswith('mmvig.')]:
+        if hasattr(module, 'form'):
+            monkeypatch.setattr(module, 'form', lambda *tensors: 'eager')
+        if hasattr(module, 'WIDE_RESULTS'):  # which mm has on a GPU only
+            monkeypatch.setattr(module, 'WIDE_RESULTS', False)
+    deform = importlib.import_module('mmvig.kernels.ms_deform_attn')
+    monkeypatch.setattr(deform, '_has_kernel', lambda *tensors: True)
+    trust = importlib.import_module('mmvig.kernels.bigla_trust')
+    monkeypatch.setattr(trust, 'trusted', lambda *args: True)
+
+
+def small_adapter() -> nn.Module:
+    """Two blocks, one an interaction, with heads that the kernels take."""
+    trunk = dict(type='ViG', arch=dict(SMALL, embed_dims=64, num_heads=2, depth=2))
+    return test_vit_adapter.small_adapter(
+        trunk=trunk, interaction_indexes=((0, 0), (1, 1)), norm_cfg=dict(type='BN')
+    )
+
+
+def training_step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Outputs and gradients."""
+    model.zero_grad()
+    outs = model(x)
+    sum((o * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum() for o in outs).backward()
+    found = {f'output {i}': o.detach() for i, o in enumerate(outs)}
+    return found | {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize('build', [small_adapter, small_vig_h])
+def test_same_as_on_the_cpu(build: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In evaluation: batch norm over the few pixels here would enlarge any rounding.
+    model, x = build().eval(), torch.randn(1, 3, 32, 64)
+    expected = training_step(model, x)
+    launched = count_launches(monkeypatch)
+    take_gpu_forms(monkeypatch)
+    for name, found in training_step(model, x).items():
+        error = (found - expected[name]).norm() / expected[name].norm()
+        assert error < 1e-4, name
+    assert launched
+
+
+def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows with every launch of BiGLA's forward from here on."""
+    launched: list[str] = []
+    from mmvig.kernels import bigla_fwd
+
+    forward = bigla_fwd.forward
+
+    def counted(*args: Any) -> Tensor:
+        launched.append('bidirectional_gla')
+        return forward(*args)
+
+    monkeypatch.setattr(bigla_fwd, 'forward', counted)
+    return launched
