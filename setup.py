@@ -74,7 +74,7 @@ setup(
             'onedl-mmdetection>=3.5.1,<3.6',
             'onedl-mmsegmentation>=1.4.2,<1.5',
         ],
-        'test': ['pytest>=8', 'ruff>=0.9', 'setuptools>=65', 'wheel'],
+        'test': ['pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9', 'setuptools>=65', 'wheel'],
     },
     cmdclass={'build_py': BuildPyWithMim},
     zip_safe=False,

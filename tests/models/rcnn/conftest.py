@@ -1,11 +1,11 @@
 """Boxes, truths and heads that mmdet's code and ours are compared on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import init_default_scope
+from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
@@ -55,7 +55,6 @@ def build_pair() -> Callable[..., tuple[nn.Module, nn.Module]]:
     ) -> tuple[nn.Module, nn.Module]:
         from mmdet.registry import MODELS
 
-        init_default_scope('mmdet')
         kinds = ((ours, settings), (theirs, their_settings or settings))
         pair = [MODELS.build({**own, 'type': kind}) for kind, own in kinds]
         pair[0].load_state_dict(pair[1].state_dict())
@@ -67,3 +66,10 @@ def build_pair() -> Callable[..., tuple[nn.Module, nn.Module]]:
 @pytest.fixture(params=['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def mmdet_scope() -> Iterator[None]:
+    """mmdet's types are found by their bare names, whatever config a test before has loaded."""
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        yield

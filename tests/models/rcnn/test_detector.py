@@ -23,9 +23,7 @@ THEIRS = {
 def detectors(cfg: ConfigDict) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Ours and mmdet's, with one set of weights; all boxes are sampled: nothing is random."""
     from mmdet.registry import MODELS
-    from mmengine.registry import init_default_scope
 
-    init_default_scope('mmdet')
     cfg.train_cfg.rpn.sampler.update(num=10**6, pos_fraction=1.0)
     cfg.train_cfg.rcnn.sampler.update(num=10**4, pos_fraction=1.0)
     cfg.train_cfg.rpn_proposal.max_per_img = cfg.test_cfg.rpn.max_per_img = 40
