@@ -30,6 +30,9 @@ def bidirectional_gla(
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.shape[1] == 0:
+        nothing = q.sum() + k.sum() + log_gate_fwd.sum() + log_gate_bwd.sum()
+        return (v + nothing).to(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
         q_, k_, v_, fwd, bwd = (
             _to_chunks(x.to(dtype)) for x in (q * (scale / 2), k, v, log_gate_fwd, log_gate_bwd)

@@ -87,3 +87,12 @@ def test_half_precision_in_half_precision_out() -> None:
     out = bigla_chunked.bidirectional_gla(*(x.detach().bfloat16() for x in inputs))
     assert out.dtype == torch.bfloat16
     assert relative_error(out, reference.bidirectional_gla(*inputs)) < 2e-2
+
+
+def test_no_tokens() -> None:
+    q, k, fwd, bwd = (torch.zeros(2, 0, 3, 8, requires_grad=True) for _ in range(4))
+    v = torch.zeros(2, 0, 3, 16, requires_grad=True)
+    out = bigla_chunked.bidirectional_gla(q, k, v, fwd, bwd)
+    assert out.shape == v.shape
+    grads = torch.autograd.grad(out.sum(), (q, k, v, fwd, bwd))
+    assert [g.shape for g in grads] == [x.shape for x in (q, k, v, fwd, bwd)]
