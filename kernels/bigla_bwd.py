@@ -15,7 +15,7 @@ from mmvig.kernels import bigla_chunked
 from mmvig.kernels.bigla_bwd_chunks import backward_by_chunks
 from mmvig.kernels.bigla_bwd_looped import backward_looped
 from mmvig.kernels.bigla_plan import Plan
-from mmvig.kernels.bigla_trust import CASES, NAMES, TOLERANCE, draw
+from mmvig.kernels.bigla_trust import NAMES, relative_errors, search_fault
 
 KEY_DIM, VALUE_DIM, DTYPE = 32, 64, torch.bfloat16
 
@@ -76,15 +76,7 @@ def _is_right(device: torch.device) -> bool:
 
 def find_fault(device: torch.device) -> str | None:
     """What is wrong with the form by chunks, in words; None where it is right."""
-    try:
-        for n, gate, chunks in CASES:
-            args = draw(1, n, 2, KEY_DIM, VALUE_DIM, gate, DTYPE, DTYPE, device)
-            for name, error in _measure(args, chunks).items():
-                if not error <= TOLERANCE[DTYPE]:
-                    return f'error {error:.1e} of {name} at {n} tokens and log gates of {gate}'
-    except Exception as e:  # a compiler may fail in many ways, and none may stop the training
-        return f'{type(e).__name__}: {str(e)[:200]}'
-    return None
+    return search_fault(_measure, device, DTYPE, DTYPE, KEY_DIM, VALUE_DIM)
 
 
 def _measure(args: list[Tensor], chunks: int) -> dict[str, float]:
@@ -94,7 +86,4 @@ def _measure(args: list[Tensor], chunks: int) -> dict[str, float]:
     # torch.func also works inside an operator, where PyTorch has autograd switched off
     _, pull_back = torch.func.vjp(partial(bigla_chunked.bidirectional_gla, scale=scale), *inputs)
     found = backward_by_chunks(*args, scale, chunks=chunks)
-    return {
-        name: ((x.cpu().double() - y).norm() / y.norm()).item()
-        for name, x, y in zip(NAMES[1:], found, pull_back(do), strict=True)
-    }
+    return relative_errors(NAMES[1:], found, pull_back(do))

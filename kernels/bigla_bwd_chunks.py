@@ -17,8 +17,9 @@ from torch import Tensor
 from mmvig.kernels.bigla_bwd_looped import grad_kernel
 from mmvig.kernels.bigla_bwd_states import entering_pair, local_states_kernel
 from mmvig.kernels.bigla_fwd import scan_states, strides
-from mmvig.kernels.bigla_plan import make_plan, processors
+from mmvig.kernels.bigla_plan import make_plan
 from mmvig.kernels.bigla_tiles import LOG2E, load_tile, store_tile, sum_gates, sum_tokens
+from mmvig.kernels.grid import multiprocessors
 
 # Chunks of a segment, and of a sequence that is left in one piece.
 SEGMENT, ONE_SEGMENT = 8, 16
@@ -192,14 +193,14 @@ def chunk_grads_kernel(
     store_tile(p_dk + out, (dk + dk_b) * scale, H * K, n, K, C, BK, mask_k)
 
 
-def segment_length(n_chunks: int, heads: int, multiprocessors: int) -> int:
+def segment_length(n_chunks: int, heads: int, processors: int) -> int:
     """Chunks of a segment, which four programs walk, one a flow.
 
     As many as save scratch and the scan's time, as long as the programs fill the device.
     """
-    if n_chunks <= ONE_SEGMENT and 4 * heads >= multiprocessors:
+    if n_chunks <= ONE_SEGMENT and 4 * heads >= processors:
         return n_chunks
-    filling = 4 * heads * n_chunks // (RESIDENT * multiprocessors)
+    filling = 4 * heads * n_chunks // (RESIDENT * processors)
     return min(SEGMENT, max(1, filling))
 
 
@@ -231,7 +232,7 @@ def backward_by_chunks(
     p = make_plan(q, v)
     chunk = chunk or p.chunk
     n_chunks = triton.cdiv(n, chunk)
-    chunks = chunks or segment_length(n_chunks, b * h, processors(q.device))
+    chunks = chunks or segment_length(n_chunks, b * h, multiprocessors(q.device))
     n_segments = triton.cdiv(n_chunks, chunks)
     blocks = triton.cdiv(dv, p.block_v)
     dims = dict(K=dk, V=dv, BK=p.block_k, BV=p.block_v, C=chunk, OP=p.op, PRECISION=p.precision)

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmvig.kernels.grid import multiprocessors
+
 # Programs that a multiprocessor of Hopper holds at once, limited by registers.
 RESIDENT = 2
 MAX_CHUNKS = 48
@@ -60,7 +62,7 @@ def plan_for(
     heads = b * h * triton.cdiv(dv, block_v)
     return Plan(
         chunk=chunk,
-        chunks=choose_chunks(triton.cdiv(n, chunk), heads, RESIDENT * processors(device)),
+        chunks=choose_chunks(triton.cdiv(n, chunk), heads, RESIDENT * multiprocessors(device)),
         block_k=max(16, triton.next_power_of_2(dk)),
         block_v=block_v,
         # float16 has too little range for the factors of a decay; TF32 has its precision.
@@ -92,11 +94,3 @@ def choose_chunks(n_chunks: int, heads: int, slots: int) -> int:
 
     sizes = [*range(1, min(n_chunks, MAX_CHUNKS) + 1)]
     return min(sizes, key=cost)
-
-
-@lru_cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a device; 1 for the interpreter on the CPU."""
-    if device.type != 'cuda':
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,6 +1,7 @@
 """Whether the fused `bidirectional_gla` is right on this machine: a self-check at first use."""
 
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 
@@ -12,8 +13,6 @@ from mmvig.kernels import bigla_chunked
 # Largest ||x - reference|| / ||reference|| of the output and of each gradient, by dtype of q, k, v.
 TOLERANCE = {torch.bfloat16: 1.5e-2, torch.float16: 3e-3, torch.float32: 1e-4}
 NAMES = ('o', 'dq', 'dk', 'dv', 'dg_fwd', 'dg_bwd')
-
-
 # Tokens, typical log gate, chunks of a segment: many segments, one, and strong gates.
 CASES = ((200, -0.05, 1), (200, -0.05, 100), (200, -20.0, 2))
 
@@ -85,10 +84,25 @@ def find_fault(
     """What is wrong with the kernels for such inputs, in words; None where they are right."""
     if device.type == 'cuda' and torch.cuda.get_device_capability(device) < (8, 0):
         return 'it needs compute capability 8.0'
+    return search_fault(partial(measure, gradients=gradients), device, dtype, gate_dtype, dk, dv)
+
+
+def search_fault(
+    measure_errors: Callable[[list[Tensor], int], dict[str, float]],
+    device: torch.device,
+    dtype: torch.dtype,
+    gate_dtype: torch.dtype,
+    dk: int,
+    dv: int,
+) -> str | None:
+    """The first error of any case that is too large, in words, or what was raised; else None.
+
+    measure_errors takes what `draw` returns and the chunks of a segment, as `measure` does.
+    """
     try:
         for n, gate, chunks in CASES:
             args = draw(1, n, 2, dk, dv, gate, dtype, gate_dtype, device)
-            for name, error in measure(args, chunks, gradients).items():
+            for name, error in measure_errors(args, chunks).items():
                 if not error <= TOLERANCE[dtype]:
                     return f'error {error:.1e} of {name} at {n} tokens and log gates of {gate}'
     except Exception as e:  # a compiler may fail in many ways, and none may stop the training
@@ -139,7 +153,14 @@ def measure(args: list[Tensor], chunks: int, gradients: bool = True) -> dict[str
     found = [forward(*inputs, scale, plan)]
     if gradients:
         found += backward(*inputs, do, scale, plan)
-    errors = {}
-    for name, x, y in zip(NAMES, found, (reference, *grads), strict=False):
-        errors[name] = ((x.cpu().double() - y).norm() / y.norm()).item()
-    return errors
+    return relative_errors(NAMES[: len(found)], found, (reference, *grads))
+
+
+def relative_errors(
+    names: Sequence[str], found: Sequence[Tensor], expected: Sequence[Tensor]
+) -> dict[str, float]:
+    """||x - y|| / ||y|| by name, y in float64 on the CPU."""
+    return {
+        name: ((x.cpu().double() - y).norm() / y.norm()).item()
+        for name, x, y in zip(names, found, expected, strict=True)
+    }

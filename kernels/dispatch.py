@@ -1,4 +1,4 @@
-"""Which form of an operator a call takes; shared by the operators around BiGLA.
+"""Which form of an operator a call takes; shared by all operators.
 
 Each has three: plain PyTorch; a registered operator, which `torch.compile`, `torch.export` and
 tensors without memory see as a whole; and an autograd function for eager calls on a GPU, which
@@ -19,9 +19,12 @@ def form(x: Tensor, *others: Tensor | None) -> str:
     for t in others:
         if t is not None and t.dtype not in DTYPES:
             return 'plain'
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
-        return 'registered'
-    return 'eager'
+    return 'registered' if torch.compiler.is_compiling() or stands_in(x) else 'eager'
+
+
+def stands_in(x: Tensor) -> bool:
+    """Whether x is of a type whose tensors stand for others, as those of `torch.export` do."""
+    return type(x) not in (Tensor, nn.Parameter)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

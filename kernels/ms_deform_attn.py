@@ -8,13 +8,12 @@ no kernel, `reference` itself, which is differentiable any number of times.
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmvig.kernels import ms_deform_attn_plain, reference
+from mmvig.kernels.dispatch import DTYPES, stands_in, working_dtype
 
 MAX_HEAD_DIM = 256
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-PLAIN_TYPES = (Tensor, nn.Parameter)
 
 
 def ms_deform_attn(
@@ -52,13 +51,10 @@ def ms_deform_attn(
             is not checked on CUDA, where that would wait for the device: one that does not counts
             as empty.
     """
-    device = value.device.type
-    if torch.is_autocast_enabled(device) and value.dtype != torch.float64:
-        value = value.to(torch.get_autocast_dtype(device))
+    value = value.to(working_dtype(value))
     args = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     _check(*args)
-    # Tensors of other types stand for others: those of torch.export, for example.
-    if torch.compiler.is_compiling() or (value.is_cuda and type(value) not in PLAIN_TYPES):
+    if torch.compiler.is_compiling() or (value.is_cuda and stands_in(value)):
         return torch.ops.mmvig.ms_deform_attn(*args)
     return _Eager.apply(*args) if _has_kernel(value, sampling_locations) else _plain(*args)
 
