@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvig.checkpoint import init_pretrained
+from mmvig.kernels.dispatch import working_dtype
 from mmvig.models.layers.deform_attn import Levels, make_levels
 from mmvig.models.layers.embed import (
-    autocast_dtype,
     check_image,
     pad_to_multiple,
     to_conv_input,
@@ -129,7 +129,7 @@ class ViTAdapter(BaseModule):
         x, hw = self.trunk.embed(x)
         c, tokens = self._interact(x, hw, c, pyramid)
 
-        c = c.to(autocast_dtype(c))  # once; transposed conv, and convs behind the backbone, do so
+        c = c.to(working_dtype(c))  # once; transposed conv, and convs behind the backbone, do so
         levels = zip(c.split(pyramid.sizes, 1), pyramid.shapes, strict=True)
         maps = [to_map(level, hw) for level, hw in levels]
         outs = []

@@ -12,6 +12,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from mmvig.kernels import residual_norm
+from mmvig.kernels.dispatch import working_dtype
 
 
 def to_map(x: Tensor, hw: tuple[int, int]) -> Tensor:
@@ -56,16 +57,7 @@ def to_conv_input(x: Tensor) -> Tensor:
     Casting once serves every conv that reads it, and what convs make of a channels-last map are
     tokens without a copy.
     """
-    dtype = autocast_dtype(x)
-    return x.to(dtype=dtype, memory_format=torch.channels_last)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """What autocast makes of x before a product: its own dtype where it is off."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return x.to(dtype=working_dtype(x), memory_format=torch.channels_last)
 
 
 class MapNorm(LayerNorm2d):

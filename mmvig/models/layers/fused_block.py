@@ -22,6 +22,7 @@ from mmvig.kernels import (
 from mmvig.kernels.depthwise_conv import launch as convolve
 from mmvig.kernels.depthwise_conv import launch_backward as convolve_backward
 from mmvig.kernels.log_gates import gate_dtype
+from mmvig.models.layers.linear import wide_product
 
 Function = torch.autograd.function.FunctionCtx
 
@@ -257,13 +258,7 @@ class _Block(torch.autograd.Function):
 
 def weight_grad(grad: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """grad.T @ rows in the weight's dtype, which is that of the products or wider."""
-    if WIDE_RESULTS and dtype != rows.dtype:
-        return torch.mm(grad.t(), rows, out_dtype=dtype)
-    return torch.mm(grad.t(), rows).to(dtype)
-
-
-# Whether mm can return float32 for products of half precision (PyTorch 2.8).
-WIDE_RESULTS = hasattr(torch.ops.aten.mm, 'dtype')
+    return wide_product(grad.t(), rows, dtype)
 
 
 def run(

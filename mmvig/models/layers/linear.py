@@ -60,11 +60,11 @@ def _joined(params: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return joined
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in a dtype of at least theirs."""
+def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, (M, K) and (K, N) of one dtype, as (M, N) in that dtype or a wider one."""
     if WIDE_RESULTS and a.dtype != dtype:
         return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b)
+    return torch.mm(a, b).to(dtype)
 
 
 class _MergedLinear(torch.autograd.Function):
@@ -101,11 +101,11 @@ class _MergedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = torch.mm(grad, weight).view(shape)
         if any(ctx.needs_input_grad[3:]):
-            dweight = _product(grad.t(), rows, ctx.param_dtype)
+            dweight = wide_product(grad.t(), rows, ctx.param_dtype)
             dweights = dweight.split(ctx.sizes)
             if ctx.has_bias:
                 ones = torch.ones(1, grad.shape[0], dtype=grad.dtype, device=grad.device)
-                dbiases = _product(ones, grad, ctx.param_dtype)[0].split(ctx.sizes)
+                dbiases = wide_product(ones, grad, ctx.param_dtype)[0].split(ctx.sizes)
         else:
             dweights = [None] * len(ctx.sizes)
             dbiases = dweights
