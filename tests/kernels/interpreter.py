@@ -1,9 +1,25 @@
-"""Runs a file of kernel tests on the CPU, in a process of its own under Triton's interpreter."""
+"""Kernel tests on the CPU: in a process of their own, under Triton's interpreter."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = 'cuda' if GPU else 'cpu'
+
+
+def skip_without_kernels() -> None:
+    """Skips the module that calls this where kernels run neither on a GPU nor interpreted."""
+    if importlib.util.find_spec('triton') is None:
+        pytest.skip('needs Triton', allow_module_level=True)
+    if not (GPU or INTERPRETED):
+        pytest.skip('needs a CUDA device or TRITON_INTERPRET=1', allow_module_level=True)
 
 
 def run_interpreted(path: Path) -> None:

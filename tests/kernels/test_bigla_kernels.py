@@ -4,8 +4,6 @@ On a GPU, or on the CPU under Triton's interpreter (`TRITON_INTERPRET=1`, which 
 Triton is imported: `test_bigla.py` runs this file so).
 """
 
-import importlib.util
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,19 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvig.kernels import bigla_chunked, reference
+from tests.kernels.interpreter import DEVICE, GPU, skip_without_kernels
 
-INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-GPU = torch.cuda.is_available() and not INTERPRETED
-if importlib.util.find_spec('triton') is None:
-    pytest.skip('needs Triton', allow_module_level=True)
-if not (GPU or INTERPRETED):
-    pytest.skip('needs a CUDA device or TRITON_INTERPRET=1', allow_module_level=True)
+skip_without_kernels()
 
 from mmvig.kernels.bigla_bwd import backward  # noqa: E402
 from mmvig.kernels.bigla_fwd import forward  # noqa: E402
 from mmvig.kernels.bigla_plan import choose_chunks, make_plan  # noqa: E402
 
-DEVICE = 'cuda' if GPU else 'cpu'
 NAMES = ('o', 'dq', 'dk', 'dv', 'dg_fwd', 'dg_bwd')
 # Largest ||x - y|| / ||y||: roundings of operands and results; of float32, of three TF32 products.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}

@@ -4,8 +4,6 @@ On a GPU, or on the CPU under Triton's interpreter (`TRITON_INTERPRET=1`, which 
 Triton is imported: `test_block.py` runs this file so).
 """
 
-import importlib.util
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,13 +11,9 @@ import torch
 from torch import Tensor
 
 from mmvig.kernels import reference
+from tests.kernels.interpreter import DEVICE, GPU, skip_without_kernels
 
-INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-GPU = torch.cuda.is_available() and not INTERPRETED
-if importlib.util.find_spec('triton') is None:
-    pytest.skip('needs Triton', allow_module_level=True)
-if not (GPU or INTERPRETED):
-    pytest.skip('needs a CUDA device or TRITON_INTERPRET=1', allow_module_level=True)
+skip_without_kernels()
 
 from mmvig.kernels import (  # noqa: E402
     depthwise_conv_kernels,
@@ -29,7 +23,6 @@ from mmvig.kernels import (  # noqa: E402
     swiglu_kernels,
 )
 
-DEVICE = 'cuda' if GPU else 'cpu'
 FP32 = torch.float32
 # Largest ||x - y|| / ||y||: the rounding of results, and of what a product takes.
 TOLERANCE = {FP32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}

@@ -4,8 +4,6 @@ On a GPU, or on the CPU under Triton's interpreter (`TRITON_INTERPRET=1`, which 
 Triton is imported: `test_ms_deform_attn.py` runs this file so).
 """
 
-import importlib.util
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,15 +11,10 @@ import torch
 from torch import Tensor
 
 from mmvig.doctor.ms_deform_attn import COLUMNS, KINDS, LEVELS, TOLERANCE, draw, measure
+from tests.kernels.interpreter import DEVICE, GPU, skip_without_kernels
 
-INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-GPU = torch.cuda.is_available() and not INTERPRETED
-if importlib.util.find_spec('triton') is None:
-    pytest.skip('needs Triton', allow_module_level=True)
-if not (GPU or INTERPRETED):
-    pytest.skip('needs a CUDA device or TRITON_INTERPRET=1', allow_module_level=True)
+skip_without_kernels()
 
-DEVICE = 'cuda' if GPU else 'cpu'
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # The interpreter is slow, and multiplies bfloat16 matrices wrongly, bit patterns as integers.
 DTYPES = [(FP32, FP32), (FP16, FP16)]

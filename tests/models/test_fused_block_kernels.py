@@ -4,8 +4,6 @@ On a GPU, or on the CPU under Triton's interpreter (`TRITON_INTERPRET=1`, which 
 Triton is imported: `test_fused_block.py` runs this file so).
 """
 
-import importlib.util
-import os
 import sys
 from functools import partial
 
@@ -13,17 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-GPU = torch.cuda.is_available() and not INTERPRETED
-if importlib.util.find_spec('triton') is None:
-    pytest.skip('needs Triton', allow_module_level=True)
-if not (GPU or INTERPRETED):
-    pytest.skip('needs a CUDA device or TRITON_INTERPRET=1', allow_module_level=True)
+from tests.kernels.interpreter import DEVICE, skip_without_kernels
+
+skip_without_kernels()
 
 from mmvig.models.backbones.vig import ViGBlock  # noqa: E402
 from mmvig.models.layers.norm import LayerNorm  # noqa: E402
 
-DEVICE = 'cuda' if GPU else 'cpu'
 HW = (3, 5)
 KINDS = {
     'tiny': dict(conv_act=True, out_act=True),
