@@ -66,10 +66,11 @@ def check_all(op: str, cases: list[Any]) -> list[Result]:
         results = pool.starmap(check, [(op, case) for case in cases], chunksize=1)
     # A CUDA error leaves a process unusable: who else failed in it is tried again, alone.
     again = [i for i, result in enumerate(results) if isinstance(result, str) and 'CUDA' in result]
-    with spawn.Pool(workers, maxtasksperchild=1) as pool:
-        retried = pool.starmap(check, [(op, cases[i]) for i in again], chunksize=1)
-    for i, result in zip(again, retried, strict=True):
-        results[i] = result
+    if again:
+        with spawn.Pool(workers, maxtasksperchild=1) as pool:
+            retried = pool.starmap(check, [(op, cases[i]) for i in again], chunksize=1)
+        for i, result in zip(again, retried, strict=True):
+            results[i] = result
     return results
 
 
