@@ -62,6 +62,12 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help="give mmdet's Mask R-CNN configs the heads, masks and optimizer of this project's",
     )
+    parser.add_argument(
+        '--cuda-graph',
+        action='store_true',
+        help='run all backbones as CUDA graphs; sizes that come up for the first or second time '
+        'in the timed steps take longer: raise --warmup',
+    )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='for every config')
     parser.add_argument('--json', metavar='FILE', help='write the figures here, too')
     return parser.parse_args()
@@ -95,6 +101,8 @@ def load_config(args: argparse.Namespace, name: str) -> Config:
         cfg.optim_wrapper.update(
             type='AmpOptimWrapper', dtype='bfloat16', loss_scale=dict(enabled=False)
         )
+    if args.cuda_graph:
+        cli.add_hook(cfg, type='CudaGraphHook', training=True, max_graphs=32)
     for stage in ('val', 'test'):
         for key in ('dataloader', 'evaluator', 'cfg'):
             cfg[f'{stage}_{key}'] = None
@@ -260,6 +268,7 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
         cfg.work_dir = work_dir
         runner = Runner.from_cfg(cfg)
         runner.register_hook(clock)
+        torch.autograd.set_multithreading_enabled(False)  # as `tools/train.py` does
         runner.train()
     steps = [end - start for start, end in zip(clock.ends, clock.ends[1:], strict=False)]
     figures.update(

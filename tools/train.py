@@ -30,6 +30,12 @@ def parse_args() -> argparse.Namespace:
     )
     cli.add_compile_argument(parser)
     parser.add_argument(
+        '--cuda-graph',
+        action='store_true',
+        help='run the backbone as CUDA graphs, forward and backward, two for each input size from '
+        'its second batch on; without a GPU as usual',
+    )
+    parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
         help="scale the learning rate by the batch size over the config's base batch size",
@@ -92,6 +98,8 @@ def main() -> None:
     note = set_precision(cfg, args.amp)
     if args.compile:
         cli.add_hook(cfg, type='CompileBackboneHook', mode=args.compile)
+    if args.cuda_graph:
+        cli.add_hook(cfg, type='CudaGraphHook', training=True, max_graphs=32)
     if args.auto_scale_lr:
         enable_lr_scaling(cfg)
     check_data(cfg, ['train_dataloader', 'val_dataloader'])

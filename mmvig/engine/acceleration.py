@@ -33,19 +33,20 @@ class CompileBackboneHook(Hook):
 
 @HOOKS.register_module()
 class CudaGraphHook(Hook):
-    """Replays CUDA graphs of the backbone in validation and test; training stays as it is.
+    """Replays CUDA graphs of the backbone in validation and test, and on request in training.
 
     In a config: `custom_hooks = [dict(type='CudaGraphHook')]`.
 
     Args:
         max_graphs: Input sizes whose graphs are kept; see `CudaGraphs`.
+        training: Whether training steps are recorded, too.
     """
 
     priority = 'LOW'  # after CompileBackboneHook, whose result is recorded
 
-    def __init__(self, max_graphs: int = 16) -> None:
-        self.max_graphs = max_graphs
+    def __init__(self, max_graphs: int = 16, training: bool = False) -> None:
+        self.max_graphs, self.training = max_graphs, training
 
     def before_run(self, runner: Runner) -> None:
         """Records at the second call with each size."""
-        use_cuda_graphs(find_backbone(runner.model), self.max_graphs)
+        use_cuda_graphs(find_backbone(runner.model), self.max_graphs, self.training)

@@ -1,18 +1,23 @@
-"""Inference as a CUDA graph: one launch a forward in place of several hundred."""
+"""A backbone as CUDA graphs: one launch a pass in place of several hundred."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmvig.engine.training_graphs import SharedMemory, TrainingRecording, replay
 from mmvig.models.layers.deform_attn import cached_levels
 
 Maps = tuple[Tensor, ...]
 
 
-def use_cuda_graphs(backbone: nn.Module, max_graphs: int = 16) -> 'CudaGraphs':
-    """Has a backbone replay CUDA graphs in inference from its next call on.
+def use_cuda_graphs(
+    backbone: nn.Module, max_graphs: int = 16, training: bool = False
+) -> 'CudaGraphs':
+    """Has a backbone replay CUDA graphs from its next call on.
 
     Where it is compiled, what is recorded is the compiled form. The weights' names stay, and copies
     of the backbone are without graphs.
@@ -20,11 +25,15 @@ def use_cuda_graphs(backbone: nn.Module, max_graphs: int = 16) -> 'CudaGraphs':
     Args:
         backbone: Takes an image batch and returns a tuple of maps.
         max_graphs: Sizes whose graphs are kept; see `CudaGraphs`.
+        training: Whether training steps are recorded, too, and not inference alone.
 
     Returns:
         The graphs; their `remove()` takes them away again.
+
+    Raises:
+        ValueError: If no graph could be kept, or the backbone recomputes activations.
     """
-    graphs = CudaGraphs(backbone, max_graphs)
+    graphs = CudaGraphs(backbone, max_graphs, training)
     # what Module.compile() sets: called in place of forward, and left out of copies and pickles
     backbone._compiled_call_impl = graphs
     return graphs
@@ -33,49 +42,63 @@ def use_cuda_graphs(backbone: nn.Module, max_graphs: int = 16) -> 'CudaGraphs':
 class CudaGraphs:
     """Calls a module, and from the second call with an input of the same size on replays a graph.
 
-    With gradients, in training mode, on another device than a GPU, or inside another graph the
-    module is called as usual. A graph belongs to size and dtype of the input and to autocast's
-    state; it reads the weights where they are, so that steps of an optimizer and loaded checkpoints
-    are seen, and all graphs are dropped when weights move. Outputs are copies: they stay as they
-    are when the next image comes.
+    In evaluation mode without gradients that is one graph. If `training`, training mode with
+    gradients has two, forward and backward, and the gradients come out as those of one node; hooks
+    inside the module do not run, and each forward pass has at most one backward pass, before the
+    next one: where that may still come, a call is as usual. All other calls are as usual: on
+    another device than a GPU, inside another graph, with gradients of the image, and in training
+    with batch norm that is synchronized between processes.
 
-    All graphs share one memory pool, which holds the activations of the largest input, beside the
-    outputs of each.
+    A graph belongs to size and dtype of the input and to autocast's state; it reads the weights
+    where they are, so that steps of an optimizer and loaded checkpoints are seen, and all graphs
+    are dropped when weights move, are frozen or thawed. Outputs and gradients are copies: they stay
+    as they are when the next image comes.
+
+    The graphs of inference share one memory pool, which holds the activations of the largest input,
+    beside the outputs of each; those of training share another, with all that they have. A training
+    input larger than those before drops their graphs, so that they are recorded in its memory.
 
     Args:
-        module: Takes one tensor and returns a tuple of tensors; draws no random numbers and decides
-            nothing by values on the GPU.
+        module: Takes one tensor and returns a tuple of tensors; decides nothing by values on the
+            GPU, and in inference draws no random numbers.
         max_graphs: Of how many sizes graphs are kept, those used last.
+        training: Whether training steps are recorded, too.
 
     Raises:
-        ValueError: If no graph could be kept.
+        ValueError: If no graph could be kept, or if training steps were to be recorded of a module
+            that recomputes activations (`with_cp`), which a graph cannot hold.
     """
 
     device_type = 'cuda'
 
-    def __init__(self, module: nn.Module, max_graphs: int = 16) -> None:
+    def __init__(self, module: nn.Module, max_graphs: int = 16, training: bool = False) -> None:
         if max_graphs < 1:
             raise ValueError(f'max_graphs must be at least 1, got {max_graphs}')
+        if training:
+            _refuse_recomputation(module)
         self.max_graphs = max_graphs
+        self._training = training
         self._module = module
         self._before = module._compiled_call_impl
         self._function = self._before or module._call_impl
         self._weights = [*module.parameters(), *module.buffers()]
-        self._places: list[int] = []
+        self._places: list[tuple[int, bool]] = []
         self._seen: set[Hashable] = set()
         self._graphs: OrderedDict[Hashable, Callable[[Tensor], Maps]] = OrderedDict()
         self._pool: object = None
+        self._memory = SharedMemory()
+        self._largest = 0
 
     def __call__(self, x: Tensor) -> Maps:
         """The module's output for x."""
         if not self._applies(x):
             return self._function(x)
-        self._drop_if_weights_moved()
+        self._drop_if_weights_changed()
         key = self._key(x)
         if key in self._graphs:
             self._graphs.move_to_end(key)
         elif key in self._seen:
-            self._graphs[key] = self._record(x)
+            self._graphs[key] = self._record_training(x) if self._trains() else self._record(x)
             while len(self._graphs) > self.max_graphs:
                 self._graphs.popitem(last=False)
         else:
@@ -87,20 +110,31 @@ class CudaGraphs:
         """Has the module run as before."""
         self._module._compiled_call_impl = self._before
 
+    def _trains(self) -> bool:
+        return torch.is_grad_enabled()
+
     def _applies(self, x: Tensor) -> bool:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self._module.training:
+        if torch.compiler.is_compiling() or x.device.type != self.device_type:
             return False
-        if x.device.type != self.device_type:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
-        return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        if not self._trains():
+            return not self._module.training
+        return (
+            self._training
+            and self._module.training
+            and not x.requires_grad
+            and not self._memory.is_in_use()
+            and not _synchronizes(self._module)
+        )
 
     def _key(self, x: Tensor) -> Hashable:
         device = x.device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        return (x.shape, x.dtype, x.device, autocast)
+        return (x.shape, x.dtype, x.device, autocast, self._trains())
 
-    def _drop_if_weights_moved(self) -> None:
-        places = [weight.data_ptr() for weight in self._weights]
+    def _drop_if_weights_changed(self) -> None:
+        places = [(weight.data_ptr(), weight.requires_grad) for weight in self._weights]
         if places != self._places:
             self._graphs.clear()
             self._places = places
@@ -108,6 +142,33 @@ class CudaGraphs:
     def _record(self, x: Tensor) -> Callable[[Tensor], Maps]:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         return _Recording(self._function, x, self._pool)
+
+    def _record_training(self, x: Tensor) -> Callable[[Tensor], Maps]:
+        if x.numel() > self._largest:
+            self._largest = x.numel()
+            for key in [key for key in self._graphs if key[-1]]:
+                del self._graphs[key]
+            self._memory = SharedMemory()
+        recording = TrainingRecording(self._function, x, self._module, self._memory)
+        return partial(replay, recording)
+
+
+def _refuse_recomputation(module: nn.Module) -> None:
+    """Raises ValueError if the module, or a part of it, has `with_cp` set."""
+    for name, part in module.named_modules():
+        if vars(part).get('with_cp'):
+            where = f'{name}.with_cp' if name else 'with_cp'
+            raise ValueError(
+                f'{where} of the backbone is True: CUDA graphs of training steps keep what is '
+                'needed for the backward pass; set it to False, or record inference alone'
+            )
+
+
+def _synchronizes(module: nn.Module) -> bool:
+    """Whether batch norm waits for other processes."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return False
+    return any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
 
 
 class _Recording:

@@ -1,4 +1,4 @@
-"""CUDA graphs of a backbone: which calls replay one, and that replaying changes nothing."""
+"""CUDA graphs of inference: which calls replay one, and that replaying changes nothing."""
 
 import copy
 import pickle

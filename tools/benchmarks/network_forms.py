@@ -19,8 +19,8 @@ class Case:
     """What is run: forward, in evaluation mode, or forward and backward, in training mode.
 
     Precision 'autocast' is bfloat16 autocast over float32 weights, 'bfloat16' has the weights in
-    it, too. CUDA graphs of a forward are those of `use_cuda_graphs`, and a training step is
-    recorded as a whole; compiled, it is torch.compile that records.
+    it, too. CUDA graphs are those of `use_cuda_graphs`; of a compiled training step, those of
+    torch.compile. Backward passes run in the calling thread, as in `tools/train.py`.
     """
 
     height: int
@@ -66,14 +66,10 @@ def make_step(module: nn.Module, case: Case, images: Tensor, whole: bool) -> Cal
             compile_backbone(module, mode=mode)
         else:
             module.compile(mode=None if mode == 'default' else mode)
-    if not case.training:
-        if case.form.endswith('graph'):
-            use_cuda_graphs(module)
-        return _forward(module, case, images)
-    step = _training(module, case, images)
-    if case.form == 'graph':
-        return _recorded(step)
-    return step
+    if case.form == 'graph' or (case.form.endswith('graph') and not case.training):
+        use_cuda_graphs(module, training=case.training)
+    make = _training if case.training else _forward
+    return make(module, case, images)
 
 
 def _forward(module: nn.Module, case: Case, images: Tensor) -> Callable[[], tuple]:
@@ -98,26 +94,8 @@ def _training(module: nn.Module, case: Case, images: Tensor) -> Callable[[], tup
             for out in outs:
                 grad = torch.randn(out.shape, generator=random, device=out.device)
                 grads.append(torch.empty_like(out).copy_(grad / out[0].numel()))
-        torch.autograd.backward(outs, grads)
+        with torch.autograd.set_multithreading_enabled(False):
+            torch.autograd.backward(outs, grads)
         return outs
 
     return step
-
-
-def _recorded(step: Callable[[], tuple]) -> Callable[[], tuple]:
-    """The step as one CUDA graph: as it was, without launches."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outs = step()
-
-    def replay() -> tuple:
-        graph.replay()
-        return outs
-
-    return replay

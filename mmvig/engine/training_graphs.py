@@ -1,0 +1,176 @@
+"""A training step of a backbone as two CUDA graphs, forward and backward, of one image size."""
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
+
+Maps = tuple[Tensor, ...]
+Function = torch.autograd.function.FunctionCtx
+
+
+class Turn:
+    """One forward pass whose backward pass may still come; what both keep while they need memory.
+
+    Graphs share memory, so only one such pass may be under way at a time.
+    """
+
+
+class SharedMemory:
+    """Memory that all graphs of a module share: their pool, and buffers that outlive a replay.
+
+    Graphs of several sizes have room in the memory of the largest where that one is recorded first.
+
+    Attributes:
+        pool: Of the graphs' own tensors, which the next replay of any graph overwrites.
+    """
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._turn: weakref.ref[Turn] = weakref.ref(Turn())
+
+    def is_in_use(self) -> bool:
+        """Whether the backward pass of an earlier call may still come."""
+        return self._turn() is not None
+
+    def take_turn(self) -> Turn:
+        """Marks the memory as in use for as long as what is returned lives."""
+        turn = Turn()
+        self._turn = weakref.ref(turn)
+        return turn
+
+    def holds(self, turn: Turn | None) -> bool:
+        """Whether no later call has taken the memory."""
+        return turn is not None and self._turn() is turn
+
+    def flat_like(self, role: str, tensors: Sequence[Tensor]) -> Tensor:
+        """One dimension with room for the tensors, in the buffer of that role.
+
+        Raises:
+            ValueError: If they are not of one dtype.
+        """
+        dtypes = {t.dtype for t in tensors}
+        if len(dtypes) > 1:
+            found = ', '.join(sorted(map(str, dtypes)))
+            raise ValueError(f'CUDA graphs of training steps need {role} of one dtype, got {found}')
+        (dtype,) = dtypes
+        total = sum(t.numel() for t in tensors)
+        buffer = self._buffers.get((role, dtype))
+        if buffer is None or buffer.numel() < total:
+            buffer = torch.empty(total, dtype=dtype, device=tensors[0].device)
+            self._buffers[role, dtype] = buffer
+        return buffer[:total]
+
+    def like(self, role: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors of the same shapes, strides and dtype, in the buffer of that role."""
+        flat = self.flat_like(role, tensors)
+        places, start = [], 0
+        for t in tensors:
+            places.append(flat.as_strided(t.shape, t.stride(), start))
+            start += t.numel()
+        return places
+
+
+class TrainingRecording:
+    """Forward and backward of a module for one size of input, recorded.
+
+    Outputs and gradients are copies in fresh memory. Random numbers differ at every replay, and
+    buffers such as running means are updated by each.
+
+    Args:
+        function: Takes one tensor and returns a tuple of tensors that all need gradients.
+        x: The first input.
+        module: What `function` calls: the parameters that need a gradient, and the buffers.
+        memory: Shared with the other recordings of the module.
+    """
+
+    def __init__(
+        self, function: Callable[[Tensor], Maps], x: Tensor, module: nn.Module, memory: SharedMemory
+    ) -> None:
+        self.params = [p for p in module.parameters() if p.requires_grad]
+        self.memory = memory
+        (self._input,) = memory.like('image', [x.contiguous()])
+        self._input.copy_(x)
+        self._grads = memory.flat_like('gradients of parameters', self.params)
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        enabled, dtype = torch.is_autocast_enabled('cuda'), torch.get_autocast_dtype('cuda')
+        with (
+            torch.cuda.device(x.device),
+            # as in `cuda_graphs._Recording`: no cast weights from or for elsewhere
+            torch.autocast('cuda', dtype, enabled, cache_enabled=False),
+            # a capture sees what its own thread launches
+            torch.autograd.set_multithreading_enabled(False),
+        ):
+            _warm_up(function, self._input, module, self.params)
+            self._capture(function)
+
+    def _capture(self, function: Callable[[Tensor], Maps]) -> None:
+        settings = dict(pool=self.memory.pool, capture_error_mode='thread_local')
+        with torch.cuda.graph(self._forward, **settings):
+            outs = function(self._input)
+            self._outs = self.memory.like('outputs', outs)
+            torch._foreach_copy_(self._outs, [out.detach() for out in outs])
+        self._douts = self.memory.like('gradients of outputs', outs)
+        with torch.cuda.graph(self._backward, **settings):
+            grads = torch.autograd.grad(outs, self.params, self._douts)
+            torch._foreach_copy_(_unflatten_dense_tensors(self._grads, self.params), grads)
+
+    def forward(self, x: Tensor) -> Maps:
+        """Replays the forward pass."""
+        self._input.copy_(x)
+        self._forward.replay()
+        return tuple(out.clone() for out in self._outs)
+
+    def backward(self, douts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Replays the backward pass of the forward pass right before: gradients of `params`."""
+        torch._foreach_copy_(self._douts, list(douts))
+        self._backward.replay()
+        # one copy and views of it, since a copy each would take the host longer than the replay
+        return _unflatten_dense_tensors(self._grads.clone(), self.params)
+
+
+def _warm_up(
+    function: Callable[[Tensor], Maps], x: Tensor, module: nn.Module, params: list[Tensor]
+) -> None:
+    """Runs forward and backward once beside the current stream; leaves buffers as they were."""
+    buffers = list(module.buffers())
+    before = [b.clone() for b in buffers]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        outs = function(x)
+        torch.autograd.grad(outs, params, [torch.zeros_like(out) for out in outs])
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.no_grad():
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+
+
+def replay(recording: TrainingRecording, x: Tensor) -> Maps:
+    """The outputs for x, connected to the module's parameters."""
+    return _Replayed.apply(recording, x, *recording.params)
+
+
+class _Replayed(torch.autograd.Function):
+    """Both passes as one node of the graph; gradients go to the parameters as they always do."""
+
+    @staticmethod
+    def forward(ctx: Function, recording: TrainingRecording, x: Tensor, *params: Tensor) -> Maps:
+        ctx.recording = recording
+        ctx.turn = recording.memory.take_turn()
+        return recording.forward(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Function, *douts: Tensor) -> tuple:
+        if not ctx.recording.memory.holds(ctx.turn):
+            raise RuntimeError(
+                'a training step that runs as CUDA graphs has one backward pass, before the next '
+                'forward pass: take CudaGraphHook(training=True) or --cuda-graph away'
+            )
+        grads = ctx.recording.backward(douts)
+        ctx.turn = None
+        return (None, None, *grads)

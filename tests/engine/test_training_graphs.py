@@ -1,0 +1,209 @@
+"""CUDA graphs of training steps: which calls replay one, and that replaying changes nothing."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmvig.engine import CudaGraphs, use_cuda_graphs
+from mmvig.engine.training_graphs import SharedMemory, replay
+from tests.models.test_vig import small_vig
+from tests.models.test_vig_h import small_vig_h
+from tests.models.test_vit_adapter import small_adapter
+
+
+class Net(nn.Module):
+    """x by a weight, plus another that may be frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+        self.bias = nn.Parameter(torch.tensor(1.0))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        return self.weight * x, self.weight * x + self.bias
+
+
+class FakeRecording:
+    """What a recording does, by calls of the module."""
+
+    def __init__(self, module: nn.Module, memory: SharedMemory) -> None:
+        self.module, self.memory = module, memory
+        self.params = [p for p in module.parameters() if p.requires_grad]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            self._outs = self.module.forward(x)
+        return tuple(out.detach() for out in self._outs)
+
+    def backward(self, douts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self._outs, self.params, douts)
+
+
+class FakeGraphs(CudaGraphs):
+    """Records on the CPU; notes the sizes of what it records."""
+
+    device_type = 'cpu'
+
+    def __init__(self, module: nn.Module, training: bool = True) -> None:
+        super().__init__(module, 8, training)
+        self.recorded: list[int] = []
+
+    def _record_training(self, x: Tensor):
+        self.recorded.append(x.numel())
+        return partial(replay, FakeRecording(self._module, self._memory))
+
+
+@pytest.fixture
+def graphs() -> FakeGraphs:
+    return FakeGraphs(Net())
+
+
+def step(graphs: FakeGraphs, side: int = 3) -> dict[str, float | None]:
+    """Gradients of one training step; those of the module without graphs are side and 2 * side."""
+    graphs._module.zero_grad()
+    first, second = graphs(torch.ones(side))
+    (first.sum() + second.sum()).backward()
+    return {n: p.grad and p.grad.item() for n, p in graphs._module.named_parameters()}
+
+
+def test_steps_are_recorded_at_the_second_call_with_a_size(graphs) -> None:
+    for _ in range(3):
+        assert step(graphs) == {'weight': 6.0, 'bias': 3.0}
+        assert step(graphs, 2) == {'weight': 4.0, 'bias': 2.0}
+    assert graphs.recorded == [3, 2]
+
+
+def test_without_being_asked_training_is_not_recorded() -> None:
+    graphs = FakeGraphs(Net(), training=False)
+    for _ in range(3):
+        step(graphs)
+    assert graphs.recorded == []
+
+
+def test_gradients_add_up_over_steps(graphs) -> None:
+    step(graphs)
+    step(graphs)
+    outs = graphs(torch.ones(3))
+    sum(out.sum() for out in outs).backward()
+    assert graphs._module.weight.grad == 12.0
+
+
+def test_an_output_that_is_not_used_counts_nothing(graphs) -> None:
+    step(graphs)
+    step(graphs)
+    graphs._module.zero_grad()
+    graphs(torch.ones(3))[0].sum().backward()
+    assert graphs._module.weight.grad == 3.0
+    assert graphs._module.bias.grad == 0.0
+
+
+def test_a_second_forward_pass_before_the_backward_pass_is_as_usual(graphs) -> None:
+    step(graphs)
+    step(graphs)
+    first = graphs(torch.ones(3))
+    calls = graphs._module.calls
+    second = graphs(torch.full((3,), 2.0))
+    assert graphs._module.calls == calls + 1
+    graphs._module.zero_grad()
+    (first[0].sum() + second[0].sum()).backward()
+    assert graphs._module.weight.grad == 9.0
+
+
+def test_a_forward_pass_whose_outputs_are_gone_keeps_nothing(graphs) -> None:
+    step(graphs)
+    step(graphs)
+    graphs(torch.ones(3))
+    assert not graphs._memory.is_in_use()
+
+
+def test_a_second_backward_pass_is_refused(graphs) -> None:
+    step(graphs)
+    step(graphs)
+    loss = graphs(torch.ones(3))[0].sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match='one backward pass'):
+        loss.backward()
+
+
+def test_gradients_of_the_image_are_as_usual(graphs) -> None:
+    step(graphs)
+    step(graphs)
+    x = torch.ones(3, requires_grad=True)
+    graphs(x)[0].sum().backward()
+    assert torch.equal(x.grad, torch.full((3,), 2.0))
+
+
+def test_freezing_a_weight_records_anew(graphs) -> None:
+    step(graphs)
+    step(graphs)
+    graphs._module.bias.requires_grad_(False)
+    assert step(graphs) == {'weight': 6.0, 'bias': None}
+    assert graphs.recorded == [3, 3]
+
+
+def test_a_module_that_recomputes_is_refused() -> None:
+    adapter = small_adapter()
+    adapter.trunk.with_cp = True
+    with pytest.raises(ValueError, match='trunk.with_cp of the backbone is True'):
+        use_cuda_graphs(adapter, training=True)
+    use_cuda_graphs(adapter).remove()
+
+
+def test_buffers_of_one_role_are_shared_and_of_one_dtype() -> None:
+    memory = SharedMemory()
+    maps = [torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.empty(7)]
+    first = memory.like('outputs', maps)
+    assert [t.shape for t in first] == [t.shape for t in maps]
+    assert [t.stride() for t in first] == [t.stride() for t in maps]
+    assert memory.like('outputs', maps[1:])[0].data_ptr() == first[0].data_ptr()
+    assert memory.like('others', maps[1:])[0].data_ptr() != first[0].data_ptr()
+    with pytest.raises(ValueError, match='outputs of one dtype, got torch.float16, torch.float32'):
+        memory.like('outputs', [torch.empty(1), torch.empty(1).half()])
+
+
+def training_step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Outputs, gradients and buffers after a step under autocast."""
+    model.zero_grad()
+    with torch.autocast('cuda', torch.bfloat16):
+        outs = model(x)
+    sum((out.float() ** 2).mean() for out in outs).backward()
+    found = {f'output {i}': out.detach().float() for i, out in enumerate(outs)}
+    found |= {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return found | {n: b.float().clone() for n, b in model.named_buffers()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    'build',
+    [partial(small_adapter, norm_cfg=dict(type='BN')), small_vig, small_vig_h],
+    ids=['adapter', 'ViG', 'ViG-H'],
+)
+def test_replaying_changes_nothing(build) -> None:
+    """Also when sizes alternate, a larger one comes late, and an optimizer changes the weights."""
+    models = [build().cuda().train() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    graphs = use_cuda_graphs(models[1], training=True)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1e-3) for m in models]
+    sizes = [(64, 96), (96, 64), (128, 96)]
+    for size in (0, 1, 0, 1, 0, 2, 2, 1, 1, 0, 0, 2):
+        x = torch.randn(2, 3, *sizes[size], device='cuda')
+        expected, found = (training_step(model, x) for model in models)
+        for name, y in expected.items():
+            error = (found[name] - y).norm() / y.norm().clamp(min=1e-6)
+            assert error < 2e-2, (name, size)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert len(graphs._graphs) == 3
+
+
+@pytest.mark.gpu
+def test_random_numbers_are_drawn_anew_at_every_replay() -> None:
+    model = small_vig(drop_path_rate=0.5).cuda().train()
+    use_cuda_graphs(model, training=True)
+    x = torch.randn(8, 3, 64, 64, device='cuda')
+    outs = [training_step(model, x)['output 0'] for _ in range(4)]
+    assert not torch.equal(outs[2], outs[3])
