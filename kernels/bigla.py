@@ -110,11 +110,23 @@ def _launch_backward(
     return backward(*(_unit_stride(x) for x in (q, k, v, gf, gb, do)), scale)
 
 
-@torch.library.custom_op('mmvig::bidirectional_gla', mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float) -> Tensor:
+def compute(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float) -> Tensor:
+    """The output (B, N, H, V), contiguous, outside autograd and the dispatcher."""
     if _has_trusted_kernel(q, v, gf, gb, False):
         return _launch(q, k, v, gf, gb, scale)
     return bigla_chunked.bidirectional_gla(q, k, v, gf, gb, scale).contiguous()
+
+
+def compute_backward(
+    q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The five gradients, contiguous, from the output's, outside autograd and the dispatcher."""
+    if _has_trusted_kernel(q, v, gf, gb, True):
+        return _launch_backward(q, k, v, gf, gb, do, scale)
+    return chunked_backward(q, k, v, gf, gb, do, scale)
+
+
+_forward = torch.library.custom_op('mmvig::bidirectional_gla', compute, mutates_args=())
 
 
 @_forward.register_fake
@@ -122,13 +134,9 @@ def _(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float) -> 
     return q.new_empty(v.shape)
 
 
-@torch.library.custom_op('mmvig::bidirectional_gla_backward', mutates_args=())
-def _backward(
-    q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if _has_trusted_kernel(q, v, gf, gb, True):
-        return _launch_backward(q, k, v, gf, gb, do, scale)
-    return chunked_backward(q, k, v, gf, gb, do, scale)
+_backward = torch.library.custom_op(
+    'mmvig::bidirectional_gla_backward', compute_backward, mutates_args=()
+)
 
 
 def chunked_backward(

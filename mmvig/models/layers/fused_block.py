@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmvig.kernels import (
+    bigla,
     gated_head_norm_kernels,
     log_gates_kernels,
     residual_norm_kernels,
@@ -127,7 +128,7 @@ def forward(
     log_fwd, log_bwd = log_gates_kernels.forward(
         low, w.log_gate, w.log_gate_bias, gate_dtype(s.dtype)
     )
-    mixed = torch.ops.mmvig.bidirectional_gla(
+    mixed = bigla.compute(
         *heads(into, log_fwd, log_bwd, b, s.num_heads), (c // 2 // s.num_heads) ** -0.5
     )
     mixed = mixed.view(-1, c)
@@ -184,7 +185,7 @@ def backward(
         torch.mm(dbranch, half.out), s.silu, s.eps[2],
     )  # fmt: skip
     views = heads(k.into, k.log_fwd, k.log_bwd, b, s.num_heads)
-    dq, dk, dv, dfwd, dbwd = torch.ops.mmvig.bidirectional_gla_backward(
+    dq, dk, dv, dfwd, dbwd = bigla.compute_backward(
         *views, dmixed.view(views[2].shape), (c // 2 // s.num_heads) ** -0.5
     )
     low = k.into[:, 3 * c :]
