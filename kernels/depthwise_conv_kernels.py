@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, multiprocessors
+from mmvig.kernels.shares import sum_shares
 
 MAX_MAPS = 3
 BW = 16
@@ -243,4 +244,4 @@ def backward(
         BW=BW, BC=BC, HAS_BIAS=bias is not None, ACT=act, num_warps=2 * WARPS,
     )  # fmt: skip
     dx = convolve(dpre, weight, None, shapes, 'none', flip=True) if needs_x else None
-    return dx, share.sum(0)
+    return dx, sum_shares(share)

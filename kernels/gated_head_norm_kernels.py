@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, num_programs, power_of_2
+from mmvig.kernels.shares import sum_shares
 
 TILE = 2048
 
@@ -157,4 +158,4 @@ def backward(
         x.stride(0), local.stride(0), gate.stride(0), dout.stride(0), eps,
         **tile, HAS_BIAS=bias is not None, SILU=silu,
     )  # fmt: skip
-    return (*grads, share.sum(0))
+    return (*grads, sum_shares(share))

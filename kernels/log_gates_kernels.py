@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, num_programs, power_of_2
+from mmvig.kernels.shares import sum_shares
 
 NORMALIZER = tl.constexpr(16)
 BM = 64
@@ -136,4 +137,4 @@ def backward(
         low, weight, bias, dfwd, dbwd, dlow, share, m, half,
         low.stride(0), dfwd.stride(0), dbwd.stride(0), **settings,
     )  # fmt: skip
-    return dlow.sum(0), share.sum(0)
+    return sum_shares(dlow), sum_shares(share)

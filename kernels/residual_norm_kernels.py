@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, num_programs, power_of_2
+from mmvig.kernels.shares import sum_shares
 
 TILE = 4096  # elements of a tile
 WARPS = 8
@@ -158,4 +159,4 @@ def backward(
         BM=rows, BC=block, HAS_DSUM=dsum is not None, HAS_Y=dy is not None,
         HAS_KEEP=keep is not None, CENTER=center, num_warps=WARPS,
     )  # fmt: skip
-    return dx, dy, share.sum(0)
+    return dx, dy, sum_shares(share)

@@ -22,6 +22,7 @@ from mmvig.kernels import (  # noqa: E402
     residual_norm_kernels,
     swiglu_kernels,
 )
+from mmvig.kernels.shares import sum_shares  # noqa: E402
 
 FP32 = torch.float32
 # Largest ||x - y|| / ||y||: the rounding of results, and of what a product takes.
@@ -175,3 +176,9 @@ def test_log_gates(rows: int, dims: int, gates: torch.dtype, dtype: torch.dtype)
     names = ('out', 'dlow', 'dweight', 'db')
     worst = gates if dtype == FP32 else dtype
     assert_close(actual, dict(zip(names, (out, *expected), strict=True)), worst)
+
+
+@pytest.mark.parametrize('shape', [(1, 5), (3, 2, 1500), (300, 33)])
+def test_sum_shares(shape: tuple[int, ...]) -> None:
+    share = rand(*shape)
+    assert_close({'sum': sum_shares(share)}, {'sum': share.double().sum(0)}, FP32)
