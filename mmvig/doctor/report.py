@@ -1,20 +1,23 @@
 """Checks every GPU kernel on this machine against float64 and prints a table.
 
-Exits with 1 if one is wrong, 0 if all are right or there is no CUDA device.
+Exits with 1 if one is wrong, 0 if all are right or there is no CUDA device. Nearly all of the time
+goes into compiling, in as many processes as there are cores; Triton keeps what it compiled.
 """
 
 import argparse
 import importlib
 import importlib.metadata
-import multiprocessing
 import os
 import platform
-from typing import Any
+import time
 
 import torch
 
-# Modules beside this one; each has NAME, COLUMNS, cases(quick) and check(case).
-OPS = ('bigla', 'ms_deform_attn', 'block')
+from mmvig.doctor.processes import Processes, Result
+
+# Each has NAME, COLUMNS, cases(quick) and check(case). What takes longest to compile comes first,
+# here and among the cases, so that none is waited for at the end.
+MODULES = ('mmvig.doctor.bigla', 'mmvig.doctor.ms_deform_attn', 'mmvig.doctor.block')
 # With the names that OneDL's builds of the OpenMMLab packages go by.
 PACKAGES = {
     'torch': ('torch',),
@@ -26,8 +29,7 @@ PACKAGES = {
     'mmseg': ('mmsegmentation', 'onedl-mmsegmentation'),
 }
 MAX_WORKERS = 16
-# Errors of a case and what is allowed, or the exception that it raised, in a line.
-Result = tuple[list[float], float] | str
+NAME_WIDTH = 48
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,59 +60,66 @@ def _version(package: str) -> str | None:
         return None
 
 
-def check_all(op: str, cases: list[Any]) -> list[Result]:
-    """The results of all cases, from many processes, since compiling takes the time."""
-    workers = min(MAX_WORKERS, os.cpu_count() or 1)
-    spawn = multiprocessing.get_context('spawn')
-    with spawn.Pool(workers) as pool:
-        results = pool.starmap(check, [(op, case) for case in cases], chunksize=1)
-    # A CUDA error leaves a process unusable: who else failed in it is tried again, alone.
-    again = [i for i, result in enumerate(results) if isinstance(result, str) and 'CUDA' in result]
-    if again:
-        with spawn.Pool(workers, maxtasksperchild=1) as pool:
-            retried = pool.starmap(check, [(op, cases[i]) for i in again], chunksize=1)
-        for i, result in zip(again, retried, strict=True):
-            results[i] = result
-    return results
-
-
-def check(op: str, case: Any) -> Result:
-    """One case: its errors and what is allowed, or what went wrong."""
-    # Fills new memory with NaN, so that what a kernel does not write is seen.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        return importlib.import_module(f'mmvig.doctor.{op}').check(case)
-    except Exception as e:  # whatever a compiler or driver may raise is this check's finding
-        return f'{type(e).__name__}: {str(e).strip().splitlines()[0][:100]}'
-
-
 def report(name: str, result: Result) -> bool:
     """Prints a row; whether it is right."""
     if isinstance(result, str):
-        print(f'{name:<36}{result}   WRONG')
+        print(f'{name:<{NAME_WIDTH}}{result}   WRONG', flush=True)
         return False
     errors, allowed = result
     right = all(e <= allowed for e in errors)
     cells = ''.join(f'{e:>9.1e}' for e in errors)
-    print(f'{name:<36}{cells}{allowed:>9.1e}   {"right" if right else "WRONG"}', flush=True)
+    verdict = 'right' if right else 'WRONG'
+    print(f'{name:<{NAME_WIDTH}}{cells}{allowed:>9.1e}   {verdict}', flush=True)
     return right
+
+
+def print_heading(module: str) -> None:
+    """The first line of a module's table."""
+    op = importlib.import_module(module)
+    cells = ''.join(f'{c:>9}' for c in (*op.COLUMNS, 'allowed'))
+    print(f'\n{op.NAME + ": error of":<{NAME_WIDTH}}{cells}', flush=True)
+
+
+def print_versions() -> None:
+    """A line for each."""
+    for name, version in versions().items():
+        print(f'{name:<16}{version}', flush=True)
+
+
+def check_all(quick: bool) -> bool:
+    """Prints a row for each case, as soon as those before it are known; whether all are right.
+
+    Args:
+        quick: Only the published networks' sizes.
+    """
+    start = time.monotonic()
+    jobs = [(m, case) for m in MODULES for case in importlib.import_module(m).cases(quick)]
+    workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)), len(jobs))
+    wrong, table = 0, None
+    with Processes(workers) as processes:
+        results = processes.map(jobs)
+        print_versions()
+        print(
+            f'\n{len(jobs)} cases, {workers} at a time. Their kernels are compiled first: '
+            f'{"some" if quick else "two or more"} minutes of all cores the first time, rows come '
+            'in order.',
+            flush=True,
+        )
+        for (module, case), result in zip(jobs, results, strict=True):
+            if module != table:
+                table = module
+                print_heading(module)
+            wrong += not report(str(case), result)
+    verdict = f'{wrong} cases are WRONG on this machine' if wrong else 'All kernels are right'
+    print(f'\n{verdict} ({time.monotonic() - start:.0f} s).')
+    return not wrong
 
 
 def main() -> int:
     """Prints versions and tables; the exit code."""
     args = parse_args()
-    for name, version in versions().items():
-        print(f'{name:<16}{version}')
-    if not torch.cuda.is_available():
-        print('\nNo CUDA device: the operators take their PyTorch paths, nothing to check.')
-        return 0
-    right = True
-    for op in OPS:
-        module = importlib.import_module(f'mmvig.doctor.{op}')
-        print(f'\n{module.NAME + ": error of":<36}', end='')
-        print(''.join(f'{c:>9}' for c in (*module.COLUMNS, 'allowed')), flush=True)
-        cases = list(module.cases(args.quick))
-        for case, result in zip(cases, check_all(op, cases), strict=True):
-            right &= report(str(case), result)
-    print('\nAll kernels are right.' if right else '\nSome kernels are WRONG on this machine.')
-    return 0 if right else 1
+    if torch.cuda.is_available():
+        return 0 if check_all(args.quick) else 1
+    print_versions()
+    print('\nNo CUDA device: the operators take their PyTorch paths, nothing to check.')
+    return 0
