@@ -104,18 +104,18 @@ class TrainingRecording:
             # a capture sees what its own thread launches
             torch.autograd.set_multithreading_enabled(False),
         ):
-            _warm_up(function, self._input, module, self.params)
-            self._capture(function)
+            _warm_up(_Aliased(function, module), self._input, list(module.buffers()))
+            self._capture(_Aliased(function, module))
 
-    def _capture(self, function: Callable[[Tensor], Maps]) -> None:
+    def _capture(self, step: '_Aliased') -> None:
         settings = dict(pool=self.memory.pool, capture_error_mode='thread_local')
         with torch.cuda.graph(self._forward, **settings):
-            outs = function(self._input)
+            outs = step.forward(self._input)
             self._outs = self.memory.like('outputs', outs)
             torch._foreach_copy_(self._outs, [out.detach() for out in outs])
         self._douts = self.memory.like('gradients of outputs', outs)
         with torch.cuda.graph(self._backward, **settings):
-            grads = torch.autograd.grad(outs, self.params, self._douts)
+            grads = step.backward(outs, self._douts)
             torch._foreach_copy_(_unflatten_dense_tensors(self._grads, self.params), grads)
 
     def forward(self, x: Tensor) -> Maps:
@@ -132,17 +132,47 @@ class TrainingRecording:
         return _unflatten_dense_tensors(self._grads.clone(), self.params)
 
 
-def _warm_up(
-    function: Callable[[Tensor], Maps], x: Tensor, module: nn.Module, params: list[Tensor]
-) -> None:
-    """Runs forward and backward once beside the current stream; leaves buffers as they were."""
-    buffers = list(module.buffers())
+class _Aliased:
+    """Both passes of a module with parameters that are new tensors in the old ones' memory.
+
+    Autograd runs the last step of a parameter's gradient on the stream where that was needed first,
+    which a capture of another stream may not touch; new tensors are needed first in the capture.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Maps], module: nn.Module) -> None:
+        self._caller = _Caller(function, module)
+        self._aliases = {
+            name: param.detach().requires_grad_()
+            for name, param in self._caller.named_parameters()
+            if param.requires_grad
+        }
+
+    def forward(self, x: Tensor) -> Maps:
+        return torch.func.functional_call(self._caller, self._aliases, (x,))
+
+    def backward(self, outs: Maps, douts: Sequence[Tensor]) -> Sequence[Tensor]:
+        return torch.autograd.grad(outs, list(self._aliases.values()), douts)
+
+
+class _Caller(nn.Module):
+    """Calls a function that has a module's parameters, as a module with the same."""
+
+    def __init__(self, function: Callable[[Tensor], Maps], module: nn.Module) -> None:
+        super().__init__()
+        self._function, self._module = function, module
+
+    def forward(self, x: Tensor) -> Maps:
+        return self._function(x)
+
+
+def _warm_up(step: _Aliased, x: Tensor, buffers: list[Tensor]) -> None:
+    """Runs both passes once beside the current stream; leaves buffers as they were."""
     before = [b.clone() for b in buffers]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        outs = function(x)
-        torch.autograd.grad(outs, params, [torch.zeros_like(out) for out in outs])
+        outs = step.forward(x)
+        step.backward(outs, [torch.zeros_like(out) for out in outs])
     torch.cuda.current_stream().wait_stream(side)
     with torch.no_grad():
         for buffer, value in zip(buffers, before, strict=True):

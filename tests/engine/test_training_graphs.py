@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mmvig.engine import CudaGraphs, use_cuda_graphs
-from mmvig.engine.training_graphs import SharedMemory, replay
+from mmvig.engine.training_graphs import SharedMemory, _Aliased, replay
 from tests.models.test_vig import small_vig
 from tests.models.test_vig_h import small_vig_h
 from tests.models.test_vit_adapter import small_adapter
@@ -163,6 +163,21 @@ def test_buffers_of_one_role_are_shared_and_of_one_dtype() -> None:
     assert memory.like('others', maps[1:])[0].data_ptr() != first[0].data_ptr()
     with pytest.raises(ValueError, match='outputs of one dtype, got torch.float16, torch.float32'):
         memory.like('outputs', [torch.empty(1), torch.empty(1).half()])
+
+
+def test_what_is_recorded_computes_the_gradients_of_the_weights() -> None:
+    """With other tensors in their place, which a functional call puts there and takes away."""
+    model = small_adapter(norm_cfg=dict(type='BN'))
+    x = torch.randn(1, 3, 64, 64)
+    outs = model(x)
+    douts = [torch.randn_like(out) for out in outs]
+    params = dict(model.named_parameters())
+    expected = torch.autograd.grad(outs, list(params.values()), douts)
+    step = _Aliased(model.forward, model)
+    found = step.backward(step.forward(x), douts)
+    for name, grad, y in zip(params, found, expected, strict=True):
+        assert torch.allclose(grad, y, rtol=1e-4, atol=1e-5), name
+    assert dict(model.named_parameters()) == params
 
 
 def training_step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
