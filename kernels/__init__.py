@@ -6,6 +6,7 @@ from mmvig.kernels.gated_head_norm import gated_head_norm
 from mmvig.kernels.log_gates import log_gates
 from mmvig.kernels.ms_deform_attn import ms_deform_attn
 from mmvig.kernels.residual_norm import residual_norm
+from mmvig.kernels.resized_sum import resized_sum
 from mmvig.kernels.swiglu import swiglu
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     'log_gates',
     'ms_deform_attn',
     'residual_norm',
+    'resized_sum',
     'swiglu',
 ]

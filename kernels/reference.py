@@ -211,3 +211,38 @@ def log_gates(
     gates = F.logsigmoid(gates) / 16
     fwd, bwd = gates.to(wide if dtype is None else dtype).chunk(2, dim=-1)
     return fwd, bwd
+
+
+def resized_sum(
+    x: Tensor,
+    tokens: Tensor,
+    y: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`x + y + bias + resize(tokens)`, bilinear, and on request batch norm by given statistics.
+
+    Args:
+        x, y: (B, C, H, W); y may be None.
+        tokens: (B, C, h, w).
+        bias: (C,) or None.
+        norm: Mean, variance, weight and bias, (C,) each; or None.
+        eps: Added to the variance.
+
+    Returns:
+        (B, C, H, W) in the dtype of x; computed in that dtype or float32, whichever is wider.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    out, tokens = x.to(dtype), tokens.to(dtype)
+    if y is not None:
+        out = out + y.to(dtype)
+    if bias is not None:
+        out = out + bias.to(dtype)[:, None, None]
+    if tokens.shape[2:] != x.shape[2:]:
+        tokens = F.interpolate(tokens, x.shape[2:], mode='bilinear', align_corners=False)
+    out = out + tokens
+    if norm is not None:
+        mean, var, weight, shift = (t.to(dtype) for t in norm)
+        out = F.batch_norm(out, mean, var, weight, shift, False, 0.0, eps)
+    return out.to(x.dtype)

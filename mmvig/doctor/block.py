@@ -1,7 +1,8 @@
-"""Checks of the operators around BiGLA: every dtype, results and all gradients."""
+"""Checks of the operators around BiGLA and in the adapter: every dtype, results, all gradients."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Largest ||x - y|| / ||y||: the rounding of results, and of what a product takes.
 TOLERANCE = {FP32: 1e-5, FP16: 2e-3, BF16: 1e-2}
 
-Inputs = list[Tensor | None]
+Inputs = list[Any]
 Random = Callable[..., Tensor]
 
 
@@ -56,6 +57,27 @@ def _log_gates(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
     return [low, rand(dims, 16, dtype=FP32), rand(dims, dtype=FP32)]
 
 
+def _maps(rand: Random, dtype: torch.dtype, dims: int, h: int, w: int) -> Tensor:
+    """(2, C, h, w), channels last."""
+    return rand(2, h, w, dims, dtype=dtype).permute(0, 3, 1, 2)
+
+
+def _batch_norm(rand: Random, dims: int) -> tuple[Tensor, ...]:
+    """Mean, variance, weight and bias, constants."""
+    mean, var, weight, bias = (rand(dims, dtype=FP32) for _ in range(4))
+    return mean, var.exp(), weight, bias
+
+
+def _upsampled_sum(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    x, y = (_maps(rand, dtype, dims, 8, 12) for _ in range(2))
+    tokens, bias = _maps(rand, FP32, dims, 2, 3), rand(dims, dtype=FP32)
+    return [x, tokens, y, bias, _batch_norm(rand, dims), 1e-5]
+
+
+def _halved_sum(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    return [_maps(rand, dtype, dims, 2, 3), _maps(rand, dtype, dims, 4, 6)]
+
+
 # Operator, and what makes its arguments, by the case's name.
 DRAW: dict[str, tuple[str, Callable[[Random, torch.dtype, int], Inputs]]] = {
     'swiglu': ('swiglu', _swiglu),
@@ -65,6 +87,8 @@ DRAW: dict[str, tuple[str, Callable[[Random, torch.dtype, int], Inputs]]] = {
     'depthwise_conv, 3 maps, GELU': ('depthwise_conv', _depthwise_conv),
     'depthwise_conv, SiLU': ('depthwise_conv', _silu_conv),
     'log_gates': ('log_gates', _log_gates),
+    'resized_sum, by 4': ('resized_sum', _upsampled_sum),
+    'resized_sum, by 1/2': ('resized_sum', _halved_sum),
 }
 
 
@@ -95,13 +119,18 @@ def check(case: Case) -> tuple[list[float], float]:
 
 
 def draw(case: Case, device: str) -> tuple[str, list]:
-    """The operator's name, and arguments; tensors are leaves, as strided as drawn."""
+    """The operator's name, and arguments; tensors are leaves, as strided as drawn.
+
+    Short ones are constants, and so are those of a tuple.
+    """
     op, make = DRAW[case.what]
 
     def rand(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(shape).to(device, dtype)
 
     def leaf(x: object) -> object:
+        if isinstance(x, tuple):
+            return tuple(t.to(device) for t in x)
         if not isinstance(x, Tensor):
             return x
         x = x.detach().to(device)
@@ -128,15 +157,18 @@ def compare(function: Callable, definition: Callable, inputs: list) -> list[floa
 
 
 def results_and_gradients(function: Callable, inputs: list) -> tuple[list[Tensor], list[Tensor]]:
-    """Results, and gradients of a fixed weighting of them."""
+    """Results with and without gradients, and gradients of a fixed weighting of them."""
     out = function(*inputs)
     outs = out if isinstance(out, tuple) else (out,)
+    with torch.no_grad():
+        again = function(*inputs)
     total = 0
     for x in outs:
         weights = torch.sin(torch.arange(x.numel(), device=x.device, dtype=torch.float64))
         total = total + (x.double() * weights.view(x.shape)).sum()
     leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-    return [x.detach() for x in outs], list(torch.autograd.grad(total, leaves))
+    again = again if isinstance(again, tuple) else (again,)
+    return [*(x.detach() for x in outs), *again], list(torch.autograd.grad(total, leaves))
 
 
 def _error(x: Tensor, y: Tensor) -> float:

@@ -20,6 +20,7 @@ from mmvig.kernels import (  # noqa: E402
     gated_head_norm_kernels,
     log_gates_kernels,
     residual_norm_kernels,
+    resized_sum_kernels,
     swiglu_kernels,
 )
 from mmvig.kernels.shares import sum_shares  # noqa: E402
@@ -182,3 +183,33 @@ def test_log_gates(rows: int, dims: int, gates: torch.dtype, dtype: torch.dtype)
 def test_sum_shares(shape: tuple[int, ...]) -> None:
     share = rand(*shape)
     assert_close({'sum': sum_shares(share)}, {'sum': share.double().sum(0)}, FP32)
+
+
+@dtypes
+@pytest.mark.parametrize('whole', [False, True])
+@pytest.mark.parametrize('ratio', [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2)])
+def test_resized_sum(ratio: tuple[int, int], whole: bool, dtype: torch.dtype) -> None:
+    up, down = ratio
+    dims, hw = (70, (4, 6)) if up < 8 else (3, (2, 2))
+    h, w = (n * up // down for n in hw)
+    x, y, dout = (rand(2, h, w + 1, dims, dtype=dtype)[:, :, :w].contiguous() for _ in range(3))
+    x = torch.cat([x.flatten(1), x.flatten(1)], 1)[:, : h * w * dims].view(2, h, w, dims)
+    tokens, bias, norm = rand(2, *hw, dims), rand(dims), [rand(dims) for _ in range(4)]
+    norm[1] = norm[1].exp()
+    y, bias = (y, bias) if whole else (None, None)
+    args = (x, tokens, y, bias)
+    out = resized_sum_kernels.forward(*args, [None] * 4, 1e-3, ratio)
+    normed = resized_sum_kernels.forward(*args, norm, 1e-3, ratio)
+    dtokens, dbias = resized_sum_kernels.backward(dout, hw, FP32, ratio, whole)
+    actual = dict(out=out, normed=normed, dtokens=dtokens)
+    leaves = double(*(t for t in args if t is not None))
+    maps = [t.permute(0, 3, 1, 2) if t.ndim == 4 else t for t in leaves]
+    out = reference.resized_sum(*maps)
+    norm = [t.double() for t in norm]
+    normed = reference.resized_sum(*maps, *([] if whole else [None, None]), norm, 1e-3)
+    grads = torch.autograd.grad(out, leaves, dout.double().permute(0, 3, 1, 2))
+    out, normed = (t.permute(0, 2, 3, 1) for t in (out, normed))
+    expected = dict(out=out, normed=normed, dtokens=grads[1])
+    if whole:
+        actual['dbias'], expected['dbias'] = dbias, grads[3]
+    assert_close(actual, expected, dtype)

@@ -1,4 +1,4 @@
-"""The operators around BiGLA in ViG's block, beside PyTorch's for the same, eager or compiled.
+"""Operators of ViG's block and of the adapter, beside PyTorch's for the same, eager or compiled.
 
 bfloat16 with weights and the residual stream in float32, as under autocast.
 """
@@ -33,6 +33,12 @@ class Size:
         shape = (self.batch, self.hw[0] * self.hw[1], dims)
         return torch.randn(shape, device='cuda').to(dtype).requires_grad_()
 
+    def map(self, up: int = 1, dtype: torch.dtype = BF16) -> Tensor:
+        """A random map of the tokens' grid, or one with sides that many times as long, a leaf."""
+        h, w = self.hw
+        x = torch.randn(self.batch, up * h, up * w, self.dims, device='cuda').to(dtype)
+        return x.permute(0, 3, 1, 2).requires_grad_()
+
 
 SIZES = {
     'det tiny': Size(2, (50, 84), 192, 3, 512),
@@ -41,7 +47,9 @@ SIZES = {
     '224 px base': Size(256, (14, 14), 768, 12, 2048),
 }
 OPS = ('swiglu', 'residual_norm', 'gated_head_norm', 'depthwise_conv', 'log_gates')
+ADAPTER_OPS = ('resized_sum',)
 CASES = {f'{op}, {size}': (op, SIZES[size]) for size in SIZES for op in OPS}
+CASES |= {f'{op}, det {a}': (op, SIZES[f'det {a}']) for a in ('tiny', 'base') for op in ADAPTER_OPS}
 
 
 def _weight(*shape: int) -> Tensor:
@@ -62,11 +70,13 @@ def _draw(op: str, size: Size) -> tuple[list[Tensor], Callable[..., list]]:
     if op == 'depthwise_conv':
         leaves = [size.tokens(c), _weight(c, 1, 3, 3)]
         return leaves, lambda x, w: [x, w, [size.hw], None, 'silu']
+    if op == 'resized_sum':
+        return [size.map(4), size.map(1, FP32), size.map(4), _weight(c)], lambda *leaves: [*leaves]
     return [size.tokens(16), _weight(c, 16), _weight(c)], lambda *leaves: [*leaves, FP32]
 
 
 def _as_before(op: str) -> Callable[..., Outputs]:
-    """What ViG's modules did with PyTorch's operators under autocast."""
+    """What the modules did with PyTorch's operators under autocast."""
 
     def gated_head_norm(
         x: Tensor, local: Tensor, gate: Tensor, wx: Tensor, wl: Tensor, bias: Tensor, silu: bool
@@ -91,7 +101,12 @@ def _as_before(op: str) -> Callable[..., Outputs]:
         gate, x = x.chunk(2, -1)
         return F.silu(gate) * x
 
-    forms = (gated_head_norm, depthwise_conv, log_gates, swiglu)
+    def resized_sum(x: Tensor, tokens: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+        x = x + bias.to(BF16)[:, None, None] + y
+        tokens = F.interpolate(tokens, x.shape[2:], mode='bilinear', align_corners=False)
+        return x + tokens.to(BF16)
+
+    forms = (gated_head_norm, depthwise_conv, log_gates, swiglu, resized_sum)
     return {form.__name__: form for form in forms}.get(op, getattr(reference, op))
 
 
