@@ -3,8 +3,10 @@
 The S tokens are those of up to three maps, one after another. A program takes BW neighbouring
 columns and BC channels of a band of rows of one map, and walks down: three rows of inputs, each
 also one column to the left and one to the right, stay in registers, so an input is loaded three
-times, twice from the L1 cache. Sums are float32.
+times, twice from the L1 cache. The row after them is loaded while they are used. Sums are float32.
 """
+
+from functools import lru_cache
 
 import torch
 import triton
@@ -15,11 +17,15 @@ from mmvig.kernels.grid import ceil_div, multiprocessors
 from mmvig.kernels.shares import sum_shares
 
 MAX_MAPS = 3
-BW = 16
+BW = 8
 BC = 64
 WARPS = 4
-WAVES = 4  # programs a multiprocessor to aim at
-MIN_ROWS = 4  # of a band: two more rows are loaded
+# Programs that a multiprocessor of Hopper holds at once, by registers: of the conv, and of the
+# gradient to the weights, of which there are no more than one for each share that is added up.
+RESIDENT = 4
+RESIDENT_GRAD = 3
+MIN_ROWS = 4  # of a band
+OVERHEAD = 6  # of a program, in rows: two more rows, weights, and the sums at its end
 
 
 @triton.jit
@@ -39,13 +45,19 @@ def find_map(tile, rows, H0, W0, H1, W1, H2, W2, BW: tl.constexpr):
 
 @triton.jit
 def load_row(p_x, row, cols, channels, mask_c, H, W, C):
-    """Inputs left of, at and right of some columns of a row, float32, 0 outside the map."""
+    """Inputs left of, at and right of some columns of a row, 0 outside the map."""
     mask = mask_c & ((row >= 0) & (row < H))
     p = p_x + (row * W + cols).to(tl.int64)[:, None] * C + channels[None, :]
     left = tl.load(p - C, mask=mask & ((cols >= 1) & (cols <= W))[:, None], other=0.0)
     middle = tl.load(p, mask=mask & (cols < W)[:, None], other=0.0)
     right = tl.load(p + C, mask=mask & (cols + 1 < W)[:, None], other=0.0)
-    return left.to(tl.float32), middle.to(tl.float32), right.to(tl.float32)
+    return left, middle, right
+
+
+@triton.jit
+def widen(x, y, z):
+    """A row's inputs in float32."""
+    return x.to(tl.float32), y.to(tl.float32), z.to(tl.float32)
 
 
 @triton.jit
@@ -112,8 +124,12 @@ def convolve_kernel(
         b_bias = tl.load(p_bias + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
     a0, a1, a2 = load_row(p_x, first - 1, cols, channels, mask_c, H, W, C)
     b0, b1, b2 = load_row(p_x, first, cols, channels, mask_c, H, W, C)
+    n0, n1, n2 = load_row(p_x, first + 1, cols, channels, mask_c, H, W, C)
+    a0, a1, a2 = widen(a0, a1, a2)
+    b0, b1, b2 = widen(b0, b1, b2)
     for row in range(first, tl.minimum(first + rows, H)):
-        c0, c1, c2 = load_row(p_x, row + 1, cols, channels, mask_c, H, W, C)
+        c0, c1, c2 = widen(n0, n1, n2)
+        n0, n1, n2 = load_row(p_x, row + 2, cols, channels, mask_c, H, W, C)
         b_out = a0 * w00 + a1 * w01 + a2 * w02 + b0 * w10 + b1 * w11 + b2 * w12
         b_out += c0 * w20 + c1 * w21 + c2 * w22
         if HAS_BIAS:
@@ -153,11 +169,18 @@ def weight_grad_kernel(
     d01, d02, d10, d11, d12, d20, d21, d22, d_bias = d00, d00, d00, d00, d00, d00, d00, d00, d00
     a0, a1, a2 = load_row(p_x, first - 1, cols, channels, mask_c, H, W, C)
     b0, b1, b2 = load_row(p_x, first, cols, channels, mask_c, H, W, C)
+    n0, n1, n2 = load_row(p_x, first + 1, cols, channels, mask_c, H, W, C)
     mask_out = mask_c & (cols < W)[:, None]
+    at = (first * W + cols).to(tl.int64)[:, None] * C + channels[None, :]
+    b_next = tl.load(p_dout + at, mask=mask_out & (first < H), other=0.0)
+    a0, a1, a2 = widen(a0, a1, a2)
+    b0, b1, b2 = widen(b0, b1, b2)
     for row in range(first, tl.minimum(first + rows, H)):
-        c0, c1, c2 = load_row(p_x, row + 1, cols, channels, mask_c, H, W, C)
+        c0, c1, c2 = widen(n0, n1, n2)
+        b_d = b_next.to(tl.float32)
         at = (row * W + cols).to(tl.int64)[:, None] * C + channels[None, :]
-        b_d = tl.load(p_dout + at, mask=mask_out, other=0.0).to(tl.float32)
+        n0, n1, n2 = load_row(p_x, row + 2, cols, channels, mask_c, H, W, C)
+        b_next = tl.load(p_dout + at + W * C, mask=mask_out & (row + 1 < H), other=0.0)
         if ACT != 'none':
             b_pre = a0 * w00 + a1 * w01 + a2 * w02 + b0 * w10 + b1 * w11 + b2 * w12
             b_pre += c0 * w20 + c1 * w21 + c2 * w22
@@ -192,19 +215,38 @@ def weight_grad_kernel(
     tl.store(p + 9, tl.sum(d_bias, 0), mask=channels < C)
 
 
-def _grid(x: Tensor, shapes: list[tuple[int, int]]) -> tuple[tuple[int, int, int], list[int]]:
+def _grid(
+    x: Tensor, shapes: list[tuple[int, int]], resident: int
+) -> tuple[tuple[int, int, int], list[int]]:
     """Grid, and rows of a band followed by the sizes of three maps.
 
-    Bands are as long as the device is full.
+    A multiprocessor holds so many programs at once.
     """
     b, _, c = x.shape
     blocks = ceil_div(c, BC)
-    columns = sum(h * ceil_div(w, BW) for h, w in shapes)
-    programs = ceil_div(WAVES * multiprocessors(x.device), blocks * b)
-    rows = max(MIN_ROWS, ceil_div(columns, programs))
-    tiles = sum(ceil_div(h, rows) * ceil_div(w, BW) for h, w in shapes)
+    slots = resident * multiprocessors(x.device)
+    rows, tiles = _bands(tuple(shapes), blocks * b, slots)
     sizes = [n for hw in shapes for n in hw] + [0, 0] * (MAX_MAPS - len(shapes))
     return (tiles, blocks, b), [rows, *sizes]
+
+
+@lru_cache(maxsize=1024)
+def _bands(shapes: tuple[tuple[int, int], ...], copies: int, slots: int) -> tuple[int, int]:
+    """Rows of a band, and tiles of all maps, that take least time on a device of so many slots.
+
+    Every tile is there `copies` times. A program costs its rows and about `OVERHEAD` more, and
+    programs run in waves.
+    """
+
+    def tiles(rows: int) -> int:
+        return sum(ceil_div(h, rows) * ceil_div(w, BW) for h, w in shapes)
+
+    def cost(rows: int) -> int:
+        return ceil_div(tiles(rows) * copies, slots) * (rows + OVERHEAD)
+
+    highest = max(MIN_ROWS, *(h for h, _ in shapes))
+    rows = min(range(MIN_ROWS, highest + 1), key=cost)
+    return rows, tiles(rows)
 
 
 def convolve(
@@ -216,7 +258,7 @@ def convolve(
     flip: bool = False,
 ) -> Tensor:
     """x (B, S, C), contiguous, weight (C, 1, 3, 3), to (B, S, C); act is none, silu or gelu."""
-    grid, sizes = _grid(x, shapes)
+    grid, sizes = _grid(x, shapes, RESIDENT)
     out = torch.empty_like(x)
     convolve_kernel[grid](
         x, weight, bias, out, x.shape[1], x.shape[2], *sizes,
@@ -235,13 +277,13 @@ def backward(
     needs_x: bool,
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients to x, and (C, 10) to weight and bias, float32; x and dout are contiguous."""
-    grid, sizes = _grid(x, shapes)
+    grid, sizes = _grid(x, shapes, RESIDENT_GRAD)
     c = x.shape[2]
     share = torch.empty(grid[0] * grid[2], c, 10, dtype=torch.float32, device=x.device)
     dpre = dout if act == 'none' else torch.empty_like(x)
     weight_grad_kernel[grid](
         x, weight, bias, dout, dpre, share, x.shape[1], c, *sizes,
-        BW=BW, BC=BC, HAS_BIAS=bias is not None, ACT=act, num_warps=2 * WARPS,
+        BW=BW, BC=BC, HAS_BIAS=bias is not None, ACT=act, num_warps=WARPS,
     )  # fmt: skip
     dx = convolve(dpre, weight, None, shapes, 'none', flip=True) if needs_x else None
     return dx, sum_shares(share)
