@@ -1,5 +1,6 @@
 """GPU operators of mmvig; imports torch and triton only. Imported as `mmvig.kernels`."""
 
+from mmvig.kernels.batch_norm import batch_norm
 from mmvig.kernels.bigla import bidirectional_gla
 from mmvig.kernels.depthwise_conv import depthwise_conv
 from mmvig.kernels.gated_head_norm import gated_head_norm
@@ -10,6 +11,7 @@ from mmvig.kernels.resized_sum import resized_sum
 from mmvig.kernels.swiglu import swiglu
 
 __all__ = [
+    'batch_norm',
     'bidirectional_gla',
     'depthwise_conv',
     'gated_head_norm',

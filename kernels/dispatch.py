@@ -41,6 +41,13 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def as_pixels(x: Tensor) -> Tensor:
+    """(B, C, H, W) as (B, H, W, C), every image contiguous, without a copy where that can be."""
+    x = x.permute(0, 2, 3, 1)
+    _, _, width, c = x.shape
+    return x if x.stride()[1:] == (width * c, c, 1) else x.contiguous()
+
+
 def check_devices(x: Tensor, **others: Tensor | None) -> None:
     """Raises ValueError for floating-point tensors of another device than x, or of other types."""
     if not x.is_floating_point():

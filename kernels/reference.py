@@ -246,3 +246,33 @@ def resized_sum(
         mean, var, weight, shift = (t.to(dtype) for t in norm)
         out = F.batch_norm(out, mean, var, weight, shift, False, 0.0, eps)
     return out.to(x.dtype)
+
+
+def batch_norm(
+    x: Tensor,
+    running: tuple[Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = False,
+    pool: bool = False,
+) -> Tensor:
+    """Batch norm (arXiv 1502.03167), then on request ReLU and 3x3 max pooling with stride 2.
+
+    Args:
+        x: (B, C, H, W).
+        running: (C,) each, mean and variance; in training they move towards those of x.
+        weight, bias: (C,).
+        training: Whether the statistics of x count, or the running ones.
+        momentum: The share of a running statistic that is replaced.
+        eps: Added to the variance.
+        relu, pool: What follows; pooling has padding 1.
+
+    Returns:
+        (B, C, H, W), pooled (B, C, (H + 1) // 2, (W + 1) // 2), in the dtype of x.
+    """
+    out = F.batch_norm(x, *running, weight, bias, training, momentum, eps)
+    out = F.relu(out, inplace=True) if relu else out
+    return F.max_pool2d(out, 3, stride=2, padding=1) if pool else out

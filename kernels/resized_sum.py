@@ -5,7 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvig.kernels import reference
-from mmvig.kernels.dispatch import check_devices, form, refuse_second_derivative
+from mmvig.kernels.dispatch import (
+    as_pixels,
+    check_devices,
+    form,
+    refuse_second_derivative,
+)
 
 Norm = tuple[Tensor, Tensor, Tensor, Tensor]
 NO_NORM = (None, None, None, None)
@@ -48,7 +53,7 @@ def resized_sum(
     if way == 'plain' or ratio is None:
         return reference.resized_sum(x, tokens, y, bias, norm, eps)
     later = norm if norm is not None and torch.is_grad_enabled() else None
-    x, tokens, y = (None if t is None else _rows(t) for t in (x, tokens, y))
+    x, tokens, y = (None if t is None else as_pixels(t) for t in (x, tokens, y))
     args = (x, tokens, y, bias, *(NO_NORM if norm is None or later else norm), eps, *ratio)
     out = _Eager.apply(*args) if way == 'eager' else torch.ops.mmvig.resized_sum(*args)
     out = out.permute(0, 3, 1, 2)
@@ -86,13 +91,6 @@ def _ratio(x: Tensor, tokens: Tensor) -> tuple[int, int] | None:
         if height * down == h * up and width * down == w * up:
             return up, down
     return None
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(B, C, H, W) as (B, H, W, C), each image contiguous; no copy where that can be."""
-    x = x.permute(0, 2, 3, 1)
-    _, _, width, c = x.shape
-    return x if x.stride()[1:] == (width * c, c, 1) else x.contiguous()
 
 
 def _launch(*args: Tensor | float | None) -> Tensor:

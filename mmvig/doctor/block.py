@@ -78,6 +78,22 @@ def _halved_sum(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
     return [_maps(rand, dtype, dims, 2, 3), _maps(rand, dtype, dims, 4, 6)]
 
 
+def _pooled_norm(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    weight, bias = rand(dims, dtype=FP32), rand(dims, dtype=FP32)
+    running = _batch_norm(rand, dims)[:2]
+    # momentum 0: what was called once before gives the same again
+    return [_maps(rand, dtype, dims, 9, 14), running, weight, bias, True, 0.0, 1e-5, True, True]
+
+
+def _plain_norm(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    return [*_pooled_norm(rand, dtype, dims)[:-2], False, False]
+
+
+def _given_norm(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    x, running, weight, bias, *_ = _pooled_norm(rand, dtype, dims)
+    return [x, running, weight, bias, False, 0.0, 1e-5, True, False]
+
+
 # Operator, and what makes its arguments, by the case's name.
 DRAW: dict[str, tuple[str, Callable[[Random, torch.dtype, int], Inputs]]] = {
     'swiglu': ('swiglu', _swiglu),
@@ -87,6 +103,9 @@ DRAW: dict[str, tuple[str, Callable[[Random, torch.dtype, int], Inputs]]] = {
     'depthwise_conv, 3 maps, GELU': ('depthwise_conv', _depthwise_conv),
     'depthwise_conv, SiLU': ('depthwise_conv', _silu_conv),
     'log_gates': ('log_gates', _log_gates),
+    'batch_norm, ReLU, pooling': ('batch_norm', _pooled_norm),
+    'batch_norm': ('batch_norm', _plain_norm),
+    'batch_norm, given statistics, ReLU': ('batch_norm', _given_norm),
     'resized_sum, by 4': ('resized_sum', _upsampled_sum),
     'resized_sum, by 1/2': ('resized_sum', _halved_sum),
 }
@@ -145,6 +164,8 @@ def compare(function: Callable, definition: Callable, inputs: list) -> list[floa
     def double(x: object) -> object:
         if isinstance(x, torch.dtype):
             return torch.float64
+        if isinstance(x, tuple):
+            return tuple(t.double() for t in x)
         is_tensor = isinstance(x, Tensor)
         return x.detach().double().requires_grad_(x.requires_grad) if is_tensor else x
 

@@ -16,6 +16,7 @@ from tests.kernels.interpreter import DEVICE, GPU, skip_without_kernels
 skip_without_kernels()
 
 from mmvig.kernels import (  # noqa: E402
+    batch_norm_kernels,
     depthwise_conv_kernels,
     gated_head_norm_kernels,
     log_gates_kernels,
@@ -213,3 +214,32 @@ def test_resized_sum(ratio: tuple[int, int], whole: bool, dtype: torch.dtype) ->
     if whole:
         actual['dbias'], expected['dbias'] = dbias, grads[3]
     assert_close(actual, expected, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize('pool', [False, True])
+@pytest.mark.parametrize('relu', [False, True])
+@pytest.mark.parametrize(('dims', 'hw'), [(70, (9, 12)), (4, (1, 2)), (64, (14, 7))])
+def test_batch_norm(
+    dims: int, hw: tuple[int, int], relu: bool, pool: bool, dtype: torch.dtype
+) -> None:
+    x = (rand(2, *hw, dims) + 3 * rand(dims)).to(dtype)
+    mean, var, weight, bias = rand(dims), rand(dims).exp(), rand(dims), rand(dims)
+    running = [mean.clone(), var.clone()]
+    stats = batch_norm_kernels.statistics(x, *running, 0.3)
+    params = [*stats, weight, bias]
+    out, tap = batch_norm_kernels.forward(x, params, 1e-3, relu, pool, with_tap=True)
+    dout = rand(*out.shape, dtype=dtype)
+    dx, (dweight, dbias) = batch_norm_kernels.backward(x, params, tap, dout, 1e-3, relu)
+    given, _ = batch_norm_kernels.forward(x, [mean, var, weight, bias], 1e-3, relu, pool)
+    actual = dict(out=out, given=given, dx=dx, dw=dweight, db=dbias)
+    actual |= dict(mean=running[0], var=running[1])
+    leaves = double(x.permute(0, 3, 1, 2), weight, bias)
+    moved = [mean.double(), var.double()]
+    settings = dict(eps=1e-3, relu=relu, pool=pool)
+    given = reference.batch_norm(leaves[0], moved, *leaves[1:], False, **settings)
+    out = reference.batch_norm(leaves[0], moved, *leaves[1:], True, 0.3, **settings)
+    dx, dweight, dbias = torch.autograd.grad(out, leaves, dout.double().permute(0, 3, 1, 2))
+    out, given, dx = (t.permute(0, 2, 3, 1) for t in (out, given, dx))
+    expected = dict(out=out, given=given, dx=dx, dw=dweight, db=dbias)
+    assert_close(actual, expected | dict(mean=moved[0], var=moved[1]), dtype)

@@ -47,7 +47,7 @@ SIZES = {
     '224 px base': Size(256, (14, 14), 768, 12, 2048),
 }
 OPS = ('swiglu', 'residual_norm', 'gated_head_norm', 'depthwise_conv', 'log_gates')
-ADAPTER_OPS = ('resized_sum',)
+ADAPTER_OPS = ('resized_sum', 'batch_norm')
 CASES = {f'{op}, {size}': (op, SIZES[size]) for size in SIZES for op in OPS}
 CASES |= {f'{op}, det {a}': (op, SIZES[f'det {a}']) for a in ('tiny', 'base') for op in ADAPTER_OPS}
 
@@ -70,9 +70,19 @@ def _draw(op: str, size: Size) -> tuple[list[Tensor], Callable[..., list]]:
     if op == 'depthwise_conv':
         leaves = [size.tokens(c), _weight(c, 1, 3, 3)]
         return leaves, lambda x, w: [x, w, [size.hw], None, 'silu']
+    if op == 'batch_norm':  # as behind the stem, whatever the channels
+        x = torch.randn(size.batch, 8 * size.hw[0], 8 * size.hw[1], 64, device='cuda').to(BF16)
+        running = (torch.zeros(64, device='cuda'), torch.ones(64, device='cuda'))
+        leaves = [x.permute(0, 3, 1, 2).requires_grad_(), _weight(64), _weight(64)]
+        return leaves, lambda *leaves: _norm_arguments(running, *leaves)
     if op == 'resized_sum':
         return [size.map(4), size.map(1, FP32), size.map(4), _weight(c)], lambda *leaves: [*leaves]
     return [size.tokens(16), _weight(c, 16), _weight(c)], lambda *leaves: [*leaves, FP32]
+
+
+def _norm_arguments(running: tuple[Tensor, Tensor], x: Tensor, w: Tensor, b: Tensor) -> list:
+    """Training where gradients are wanted, else inference; ReLU and pooling follow."""
+    return [x, running, w, b, torch.is_grad_enabled(), 0.1, 1e-5, True, True]
 
 
 def _as_before(op: str) -> Callable[..., Outputs]:
