@@ -8,6 +8,7 @@ from mmvig.kernels.log_gates import log_gates
 from mmvig.kernels.ms_deform_attn import ms_deform_attn
 from mmvig.kernels.residual_norm import residual_norm
 from mmvig.kernels.resized_sum import resized_sum
+from mmvig.kernels.sampling_points import sampling_points
 from mmvig.kernels.swiglu import swiglu
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     'ms_deform_attn',
     'residual_norm',
     'resized_sum',
+    'sampling_points',
     'swiglu',
 ]

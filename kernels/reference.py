@@ -276,3 +276,23 @@ def batch_norm(
     out = F.batch_norm(x, *running, weight, bias, training, momentum, eps)
     out = F.relu(out, inplace=True) if relu else out
     return F.max_pool2d(out, 3, stride=2, padding=1) if pool else out
+
+
+def sampling_points(
+    offsets: Tensor, logits: Tensor, table: tuple[Tensor, Tensor], heads: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """`center + offset * pixel` and the softmax over a head's samples (arXiv 2010.04159).
+
+    Args:
+        offsets, logits: (B, Q, H * L * P * 2) and (B, Q, H * L * P).
+        table: Centers of the queries (Q, 2), and pixels of the levels (L, 2).
+        heads: H, L and P.
+
+    Returns:
+        (B, Q, H, L, P, 2) and (B, Q, H, L, P), in float32 at least.
+    """
+    centers, pixel = table
+    locations = centers[:, None, None, None] + offsets.unflatten(-1, (*heads, 2)) * pixel[:, None]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    weights = logits.unflatten(-1, (heads[0], -1)).softmax(-1, dtype=dtype)
+    return locations, weights.unflatten(-1, heads[1:])

@@ -94,6 +94,14 @@ def _given_norm(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
     return [x, running, weight, bias, False, 0.0, 1e-5, True, False]
 
 
+def _sampling_points(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    heads = (dims // 4, 3, 4)
+    wide = 3 * dims
+    both = rand(2, 49, 3 * wide, dtype=dtype)
+    table = (rand(49, 2, dtype=FP32), rand(3, 2, dtype=FP32))
+    return [*both.split([2 * wide, wide], -1), table, heads]
+
+
 # Operator, and what makes its arguments, by the case's name.
 DRAW: dict[str, tuple[str, Callable[[Random, torch.dtype, int], Inputs]]] = {
     'swiglu': ('swiglu', _swiglu),
@@ -106,6 +114,7 @@ DRAW: dict[str, tuple[str, Callable[[Random, torch.dtype, int], Inputs]]] = {
     'batch_norm, ReLU, pooling': ('batch_norm', _pooled_norm),
     'batch_norm': ('batch_norm', _plain_norm),
     'batch_norm, given statistics, ReLU': ('batch_norm', _given_norm),
+    'sampling_points': ('sampling_points', _sampling_points),
     'resized_sum, by 4': ('resized_sum', _upsampled_sum),
     'resized_sum, by 1/2': ('resized_sum', _halved_sum),
 }
@@ -149,7 +158,7 @@ def draw(case: Case, device: str) -> tuple[str, list]:
 
     def leaf(x: object) -> object:
         if isinstance(x, tuple):
-            return tuple(t.to(device) for t in x)
+            return tuple(t.to(device) if isinstance(t, Tensor) else t for t in x)
         if not isinstance(x, Tensor):
             return x
         x = x.detach().to(device)
@@ -165,7 +174,7 @@ def compare(function: Callable, definition: Callable, inputs: list) -> list[floa
         if isinstance(x, torch.dtype):
             return torch.float64
         if isinstance(x, tuple):
-            return tuple(t.double() for t in x)
+            return tuple(double(t) for t in x)
         is_tensor = isinstance(x, Tensor)
         return x.detach().double().requires_grad_(x.requires_grad) if is_tensor else x
 

@@ -27,8 +27,11 @@ from mmvig.kernels import (
 from .interpreter import run_interpreted
 
 whats = pytest.mark.parametrize('what', sorted(block.DRAW))
-# Batch norm's plain form, which torch.compile sees, too, is PyTorch's operators one by one.
-registered = pytest.mark.parametrize('what', sorted(w for w in block.DRAW if 'batch' not in w))
+# Others' plain form, which torch.compile sees, too, is PyTorch's operators one by one.
+PLAIN = ('batch_norm', 'sampling_points')
+registered = pytest.mark.parametrize(
+    'what', sorted(what for what, (op, _) in block.DRAW.items() if op not in PLAIN)
+)
 
 
 @pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='needs Triton')
@@ -51,7 +54,12 @@ def test_definition_has_right_gradients(what: str) -> None:
     args = [x[:, :6] if isinstance(x, Tensor) and x.ndim == 3 else x for x in args]
     args = [[(2, 2), (1, 2)] if isinstance(x, list) else x for x in args]
     args = [torch.float64 if isinstance(x, torch.dtype) else x for x in args]
-    args = [tuple(t.double() for t in x) if isinstance(x, tuple) else x for x in args]
+    if op == 'sampling_points':
+        args[2] = (args[2][0][:6], args[2][1])
+    args = [
+        tuple(t.double() if isinstance(t, Tensor) else t for t in x) if isinstance(x, tuple) else x
+        for x in args
+    ]
     if op == 'depthwise_conv':
         args[0] = args[0][:, :6]
     places = [i for i, x in enumerate(args) if isinstance(x, Tensor) and x.requires_grad]

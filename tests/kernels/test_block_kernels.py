@@ -22,6 +22,7 @@ from mmvig.kernels import (  # noqa: E402
     log_gates_kernels,
     residual_norm_kernels,
     resized_sum_kernels,
+    sampling_points_kernels,
     swiglu_kernels,
 )
 from mmvig.kernels.shares import sum_shares  # noqa: E402
@@ -243,3 +244,20 @@ def test_batch_norm(
     out, given, dx = (t.permute(0, 2, 3, 1) for t in (out, given, dx))
     expected = dict(out=out, given=given, dx=dx, dw=dweight, db=dbias)
     assert_close(actual, expected | dict(mean=moved[0], var=moved[1]), dtype)
+
+
+@dtypes
+@pytest.mark.parametrize('heads', [(6, 3, 4), (2, 1, 4), (3, 2, 3)])
+def test_sampling_points(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    h, levels, points = heads
+    wide = h * levels * points
+    offsets, logits = rand(2, 53, 3 * wide + 2, dtype=dtype)[..., 1:-1].split([2 * wide, wide], -1)
+    table = (rand(53, 2), rand(levels, 2))
+    locations, weights = sampling_points_kernels.forward(offsets, logits, *table, heads)
+    grads = [rand(*locations.shape), rand(*weights.shape)]
+    doffsets, dlogits = sampling_points_kernels.backward(weights, table[1], *grads, dtype)
+    actual = dict(locations=locations, weights=weights, doffsets=doffsets, dlogits=dlogits)
+    leaves, wide_table = double(offsets, logits), [t.double() for t in table]
+    outs = reference.sampling_points(*leaves, wide_table, heads)
+    expected = (*outs, *torch.autograd.grad(outs, leaves, [g.double() for g in grads]))
+    assert_close(actual, dict(zip(actual, expected, strict=True)), dtype)

@@ -47,7 +47,7 @@ SIZES = {
     '224 px base': Size(256, (14, 14), 768, 12, 2048),
 }
 OPS = ('swiglu', 'residual_norm', 'gated_head_norm', 'depthwise_conv', 'log_gates')
-ADAPTER_OPS = ('resized_sum', 'batch_norm')
+ADAPTER_OPS = ('resized_sum', 'batch_norm', 'sampling_points')
 CASES = {f'{op}, {size}': (op, SIZES[size]) for size in SIZES for op in OPS}
 CASES |= {f'{op}, det {a}': (op, SIZES[f'det {a}']) for a in ('tiny', 'base') for op in ADAPTER_OPS}
 
@@ -75,6 +75,14 @@ def _draw(op: str, size: Size) -> tuple[list[Tensor], Callable[..., list]]:
         running = (torch.zeros(64, device='cuda'), torch.ones(64, device='cuda'))
         leaves = [x.permute(0, 3, 1, 2).requires_grad_(), _weight(64), _weight(64)]
         return leaves, lambda *leaves: _norm_arguments(running, *leaves)
+    if op == 'sampling_points':  # of an extractor
+        heads = (12 if c == 768 else 6, 1, 4)
+        n = 21 * size.hw[0] * size.hw[1] // 4
+        wide = 4 * heads[0]
+        table = (torch.rand(n, 2, device='cuda'), torch.rand(1, 2, device='cuda'))
+        both = torch.randn(size.batch, n, 3 * wide, device='cuda').to(BF16)
+        leaves = [x.requires_grad_() for x in both.split([2 * wide, wide], -1)]
+        return leaves, lambda *leaves: [*leaves, table, heads]
     if op == 'resized_sum':
         return [size.map(4), size.map(1, FP32), size.map(4), _weight(c)], lambda *leaves: [*leaves]
     return [size.tokens(16), _weight(c, 16), _weight(c)], lambda *leaves: [*leaves, FP32]
