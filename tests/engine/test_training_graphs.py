@@ -1,5 +1,6 @@
 """CUDA graphs of training steps: which calls replay one, and that replaying changes nothing."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -180,38 +181,59 @@ def test_what_is_recorded_computes_the_gradients_of_the_weights() -> None:
     assert dict(model.named_parameters()) == params
 
 
-def training_step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def training_step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Outputs, gradients and buffers after a step under autocast."""
     model.zero_grad()
-    with torch.autocast('cuda', torch.bfloat16):
+    with torch.autocast('cuda', torch.bfloat16, enabled=dtype == torch.bfloat16):
         outs = model(x)
-    sum((out.float() ** 2).mean() for out in outs).backward()
+    # no sum of squares, which is the same for all that a norm returns, its gradient all rounding
+    weights = [
+        torch.sin(torch.arange(out.numel(), device=out.device)).view(out.shape) for out in outs
+    ]
+    sum((out.float() * w).sum() for out, w in zip(outs, weights, strict=True)).backward()
     found = {f'output {i}': out.detach().float() for i, out in enumerate(outs)}
-    found |= {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    found['gradients'] = torch.cat([g.flatten() for g in grads.values()])
+    if dtype == torch.float32:
+        # Some biases come before a batch norm and have no gradient but rounding: a share of all.
+        least = 1e-3 * found['gradients'].norm()
+        found |= {n: torch.cat([g.flatten(), least[None]]) for n, g in grads.items()}
     return found | {n: b.float().clone() for n, b in model.named_buffers()}
 
 
+# Batch norm over a few pixels, in training, enlarges rounding: under autocast on a CPU, the image
+# times 1 + 1e-6 changes the adapter's outputs by 1.2e-2 and its gradients by 8e-2, those of one
+# parameter by up to 0.3.
+TOLERANCE = {torch.float32: dict(default=2e-3), torch.bfloat16: dict(default=5e-2, gradients=0.2)}
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
 @pytest.mark.parametrize(
     'build',
     [partial(small_adapter, norm_cfg=dict(type='BN')), small_vig, small_vig_h],
     ids=['adapter', 'ViG', 'ViG-H'],
 )
-def test_replaying_changes_nothing(build) -> None:
+def test_replaying_changes_nothing(
+    build: Callable[[], nn.Module], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also when sizes alternate, a larger one comes late, and an optimizer changes the weights."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     models = [build().cuda().train() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     graphs = use_cuda_graphs(models[1], training=True)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=1e-3) for m in models]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1e-4) for m in models]
     sizes = [(64, 96), (96, 64), (128, 96)]
     for size in (0, 1, 0, 1, 0, 2, 2, 1, 1, 0, 0, 2):
         x = torch.randn(2, 3, *sizes[size], device='cuda')
-        expected, found = (training_step(model, x) for model in models)
+        expected, found = (training_step(model, x, dtype) for model in models)
         for name, y in expected.items():
             error = (found[name] - y).norm() / y.norm().clamp(min=1e-6)
-            assert error < 2e-2, (name, size)
+            limits = TOLERANCE[dtype]
+            assert error < limits.get(name, limits['default']), (name, size)
         for optimizer in optimizers:
             optimizer.step()
+        models[1].load_state_dict(models[0].state_dict())  # so that no difference grows
     assert len(graphs._graphs) == 3
 
 
@@ -220,5 +242,5 @@ def test_random_numbers_are_drawn_anew_at_every_replay() -> None:
     model = small_vig(drop_path_rate=0.5).cuda().train()
     use_cuda_graphs(model, training=True)
     x = torch.randn(8, 3, 64, 64, device='cuda')
-    outs = [training_step(model, x)['output 0'] for _ in range(4)]
+    outs = [training_step(model, x, torch.bfloat16)['output 0'] for _ in range(4)]
     assert not torch.equal(outs[2], outs[3])

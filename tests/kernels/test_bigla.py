@@ -4,6 +4,7 @@ import importlib.util
 import sys
 import types
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,17 @@ def test_kernels_that_fail_their_check_are_warned_of_once(monkeypatch: pytest.Mo
     assert len(record) == 1
 
 
+def registered_operator(*inputs: Tensor, scale: float) -> Tensor:
+    return torch.ops.mmvig.bidirectional_gla(*inputs, scale)
+
+
+def test_the_plain_forms_results_are_contiguous_in_the_registered_operator() -> None:
+    inputs = make_inputs(60)
+    actual = grads_of(partial(registered_operator, scale=32**-0.5), inputs)
+    assert all(x.is_contiguous() for x in actual)
+    assert_close(actual, grads_of(bidirectional_gla, inputs), 1e-5)
+
+
 # From here on: on a GPU.
 
 
@@ -236,10 +248,13 @@ def test_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     bigla_trust._warned.clear()
     inputs = make_inputs(60, 'cuda')
     with pytest.warns(RuntimeWarning, match='it was told to fail') as record:
-        actual = [grads_of(bidirectional_gla, inputs) for _ in range(2)][0]
+        eager = grads_of(bidirectional_gla, inputs)
+        registered = grads_of(partial(registered_operator, scale=32**-0.5), inputs)
     assert len([w for w in record if 'told to fail' in str(w.message)]) == 1
     bigla_trust._checked.cache_clear()
     bigla_trust._warned.clear()
     # As the operator's fake has it, which compiled graphs rely on.
-    assert all(x.is_contiguous() for x in actual)
-    assert_close(actual, grads_of(bigla_chunked.bidirectional_gla, inputs), 1e-5)
+    assert all(x.is_contiguous() for x in registered)
+    expected = grads_of(bigla_chunked.bidirectional_gla, inputs)
+    assert_close(eager, expected, 1e-5)
+    assert_close(registered, expected, 1e-5)

@@ -1,8 +1,9 @@
 """On a GPU, the hot operators cost what torchvision's raw ones do.
 
-`pytest -m gpu -s tests/mmcv_ext/test_speed.py` prints the times.
+`pytest -m gpu -s tests/mmcv_ext/test_speed.py` prints the times. Nothing else may use the GPU.
 """
 
+import os
 from collections.abc import Callable
 
 import mmcv._ext as ext
@@ -11,7 +12,12 @@ import torch
 from mmcv.ops import roi_align
 from torchvision.ops import nms as _loads_torchvisions_operators  # noqa: F401
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        'PYTEST_XDIST_WORKER' in os.environ, reason='times are measured alone, without xdist'
+    ),
+]
 RAW = torch.ops.torchvision
 
 

@@ -69,6 +69,12 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
+def float32_convs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convs on a GPU round to TF32 by default, which makes small gradients differ."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+
+
+@pytest.fixture(autouse=True)
 def mmdet_scope() -> Iterator[None]:
     """mmdet's types are found by their bare names, whatever config a test before has loaded."""
     with DefaultScope.overwrite_default_scope('mmdet'):

@@ -11,7 +11,7 @@ from .conftest import HEIGHT, STRIDES, WIDTH, metas, random_truths
 
 SIZES = [(HEIGHT, WIDTH), (100, 130), (64, 190)]
 CHANNELS = 64
-# convolutions on a GPU round their inputs to TF32, and sum in another order each time
+# convolutions on a GPU sum in another order each time
 TOLERANCE = dict(cpu=1e-5, cuda=1e-3)
 
 
