@@ -94,7 +94,7 @@ def check_all(quick: bool) -> bool:
     """
     start = time.monotonic()
     jobs = [(m, case) for m in MODULES for case in importlib.import_module(m).cases(quick)]
-    workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)), len(jobs))
+    workers = min(MAX_WORKERS, os.cpu_count() or 1, len(jobs))
     wrong, table = 0, None
     with Processes(workers) as processes:
         results = processes.map(jobs)
