@@ -191,6 +191,7 @@ FORMULAS = {
     'mmvig::log_gates': lambda args, out: args[0].numel() * args[1].shape[0],
     'mmvig::ms_deform_attn': _deform_attn,
     'mmvig::residual_norm': _residual_norm,
+    'mmvig::resized_sum': lambda args, out: 0,
     'mmvig::swiglu': lambda args, out: 0,
 }
 # Operators that the paper's counter does not see, and the part of the backbone they are listed as.

@@ -4,6 +4,7 @@ Only where the tensors are is different: every dispatch is told that there is a 
 `test_gpu_forms.py` runs this file.
 """
 
+import copy
 import importlib
 import sys
 from collections.abc import Callable
@@ -59,8 +60,57 @@ def test_same_as_on_the_cpu(build: Callable, monkeypatch: pytest.MonkeyPatch) ->
     for name, found in training_step(model, x).items():
         error = (found - expected[name]).norm() / expected[name].norm()
         assert error < 1e-4, name
-    absent = {name for name in LAUNCHERS if 'deform' in name[0] and build is not small_adapter}
+    absent = {x for x in LAUNCHERS if x[0].startswith(ADAPTER) and build is not small_adapter}
     assert set(LAUNCHERS) - launched == absent
+
+
+def test_inference_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is kept of the weights, too, in place when they have changed."""
+    model, x = small_adapter().eval(), torch.randn(1, 3, 32, 64)
+    randomize_norms(model)
+    launched, before = note_launches(monkeypatch), copy.deepcopy(model.state_dict())
+    expected = inferences(model, x)
+    take_gpu_forms(monkeypatch)
+    model.load_state_dict(before)
+    for outs, wanted in zip(inferences(model, x), expected, strict=True):
+        for out, y in zip(outs, wanted, strict=True):
+            assert (out - y).norm() / y.norm() < 1e-4
+    assert ('batch_norm_kernels', 'forward') in launched
+
+
+@torch.no_grad()
+def inferences(model: nn.Module, x: Tensor) -> list[tuple[Tensor, ...]]:
+    """Outputs twice, and once with other weights."""
+    outs = [model(x), model(x)]
+    for param in model.parameters():
+        param.mul_(0.9)
+    return [*outs, model(x)]
+
+
+def test_batch_norm_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looser than the others, since norms of few pixels enlarge any rounding."""
+    model, x = small_adapter().train(), torch.randn(2, 3, 32, 64)
+    before = copy.deepcopy(model.state_dict())
+    expected, buffers = training_step(model, x), dict(model.named_buffers())
+    buffers = {name: b.clone() for name, b in buffers.items()}
+    model.load_state_dict(before)
+    launched = note_launches(monkeypatch)
+    take_gpu_forms(monkeypatch)
+    for name, found in training_step(model, x).items():
+        error = (found - expected[name]).norm() / expected[name].norm()
+        invariant = name in ('up.bias', 'spm.fc1.bias')  # a norm follows: the gradient is 0
+        assert invariant or error < 5e-3, f'{name}: {error}'
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, buffers[name], rtol=1e-3, atol=1e-4)
+    assert ('batch_norm_kernels', 'backward') in launched
+
+
+def randomize_norms(model: nn.Module) -> None:
+    """Batch norm's statistics other than 0 and 1."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
 
 
 # Forward and backward of every operator: modules of `mmvig.kernels`, and their functions.
@@ -79,7 +129,12 @@ LAUNCHERS = [
     ('residual_norm_kernels', 'backward'),
     ('swiglu_kernels', 'forward'),
     ('swiglu_kernels', 'backward'),
+    ('sampling_points_kernels', 'forward'),
+    ('sampling_points_kernels', 'backward'),
+    ('resized_sum_kernels', 'forward'),
+    ('resized_sum_kernels', 'backward'),
 ]
+ADAPTER = ('ms_deform_attn', 'sampling_points', 'resized_sum')  # modules of these are in it alone
 
 
 def note_launches(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
@@ -93,7 +148,8 @@ def note_launches(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
 
         return call
 
-    for module, function in LAUNCHERS:
+    norms = [('batch_norm_kernels', way) for way in ('forward', 'backward')]
+    for module, function in [*LAUNCHERS, *norms]:
         kernels = importlib.import_module(f'mmvig.kernels.{module}')
         launch = getattr(kernels, function)
         monkeypatch.setattr(kernels, function, noted((module, function), launch))

@@ -21,8 +21,8 @@ def test_tables() -> None:
     assert levels.sizes == [6, 2]
     assert levels.spatial_shapes.tolist() == [[2, 3], [1, 2]]
     assert levels.start_index.tolist() == [0, 6]
-    torch.testing.assert_close(levels.pixel[:, 0], torch.tensor([[1 / 3, 1 / 2], [1 / 2, 1]]))
-    centers = levels.centers[:, 0, 0, 0]
+    torch.testing.assert_close(levels.pixel, torch.tensor([[1 / 3, 1 / 2], [1 / 2, 1]]))
+    centers = levels.centers
     torch.testing.assert_close(centers[:2], torch.tensor([[1 / 6, 1 / 4], [1 / 2, 1 / 4]]))
     torch.testing.assert_close(
         centers[5:], torch.tensor([[5 / 6, 3 / 4], [0.25, 0.5], [0.75, 0.5]])
@@ -59,7 +59,7 @@ def test_the_merged_product_is_the_two_linears(dtype: torch.dtype) -> None:
 
     offsets = attn.sampling_offsets(query).unflatten(-1, (2, 3, 4, 2))
     sizes = levels.spatial_shapes.flip(-1)[:, None]
-    locations = grid.centers + offsets / sizes
+    locations = grid.centers[:, None, None, None] + offsets / sizes
     weights = attn.attention_weights(query).unflatten(-1, (2, 12)).softmax(-1)
     value = attn.value_proj(feat).unflatten(-1, (2, -1))
     args = (levels.spatial_shapes, levels.start_index, locations, weights.unflatten(-1, (3, 4)))
@@ -71,5 +71,5 @@ def test_locations_are_float32_under_autocast() -> None:
     attn = DeformableAttention(8, num_heads=2, num_levels=3)
     grid, levels = Levels(((4, 6),), CPU), Levels(tuple(SHAPES), CPU)
     with torch.autocast('cpu', torch.bfloat16):
-        locations, weights = attn._points(torch.randn(2, 24, 8), grid.centers, levels.pixel)
+        locations, weights = attn._points(torch.randn(2, 24, 8), (grid.centers, levels.pixel))
     assert (locations.dtype, weights.dtype) == (torch.float32, torch.float32)

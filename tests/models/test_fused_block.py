@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import pickle
 from pathlib import Path
 
 import pytest
@@ -86,9 +87,9 @@ def test_drop_path_in_a_chain() -> None:
 
 def test_copies_and_files_hold_no_cast_weights() -> None:
     block = make_block()
-    block._fused._key, block._fused._cast = (1,), (torch.ones(1),)
-    assert copy.deepcopy(block)._fused._cast is None
-    assert block._fused.__getstate__()['_cast'] is None
+    block._fused._kept._made[torch.bfloat16] = (torch.ones(1),)
+    assert not copy.deepcopy(block)._fused._kept._made
+    assert not pickle.loads(pickle.dumps(block._fused))._kept._made
     assert not [k for k in block.state_dict() if 'fused' in k]
 
 

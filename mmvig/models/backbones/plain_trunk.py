@@ -17,13 +17,14 @@ from mmvig.models.layers.embed import (
     to_map,
     to_tokens,
 )
+from mmvig.models.layers.norm import Stream
 from mmvig.models.utils import ascending_indices
 
 
 class PlainTrunk(BaseModule):
     """Image to tokens to tokens, in `depth` blocks of one resolution.
 
-    `ViTAdapter` needs `embed`, `forward_blocks`, `embed_dims`, `blocks`, `in_channels` and
+    `ViTAdapter` needs `embed`, `run_stream`, `embed_dims`, `blocks`, `in_channels` and
     `drop_path_rate` of a trunk, and no more.
 
     Args:
@@ -114,6 +115,10 @@ class PlainTrunk(BaseModule):
             else:
                 x = self.run_block(index, x, hw)
         return x
+
+    def run_stream(self, x: Stream, hw: tuple[int, int], start: int, stop: int) -> Stream:
+        """`forward_blocks` of a stream, where additions before and after the blocks may be left."""
+        return Stream(self.forward_blocks(x.sum(), hw, start, stop))
 
     def run_block(self, index: int, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """Runs one block on tokens (B, N, C) of an h x w map."""

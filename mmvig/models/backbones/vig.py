@@ -15,7 +15,7 @@ from mmvig.models.layers.embed import ConvPatchEmbed
 from mmvig.models.layers.ffn import SwiGLU
 from mmvig.models.layers.mixer import BiGLAMixer
 from mmvig.models.layers.mixer_roadmap import RoadmapMixer
-from mmvig.models.layers.norm import RMSNorm, add, draw_keep
+from mmvig.models.layers.norm import RMSNorm, Stream, add, draw_keep
 from mmvig.models.utils import drop_path_rates, parse_arch
 
 PATCH_SIZE = 16
@@ -174,14 +174,18 @@ class ViG(PlainTrunk):
 
     def forward_blocks(self, x: Tensor, hw: tuple[int, int], start: int, stop: int) -> Tensor:
         """Runs blocks start ... stop - 1 on tokens (B, N, C) of an h x w map."""
-        y = keep = None
+        return self.run_stream(Stream(x), hw, start, stop).sum()
+
+    def run_stream(self, x: Stream, hw: tuple[int, int], start: int, stop: int) -> Stream:
+        """`forward_blocks` of a stream; the last block's addition is left to what follows."""
+        x, y, keep = x
         for index in range(start, stop):
             run = chained_form(self.blocks[index])
             if self.with_cp and torch.is_grad_enabled():
                 x, y, keep = checkpoint(run, x, y, keep, hw, use_reentrant=False)
             else:
                 x, y, keep = run(x, y, keep, hw)
-        return x if y is None else add(x, y, keep)
+        return Stream(x, y, keep)
 
     def _reset_parameters(self) -> None:
         if self.pos_embed is not None:

@@ -17,16 +17,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvig.checkpoint import init_pretrained
-from mmvig.kernels.dispatch import working_dtype
+from mmvig.kernels import resized_sum
+from mmvig.kernels.dispatch import form, working_dtype
 from mmvig.models.layers.deform_attn import Levels, make_levels
 from mmvig.models.layers.embed import (
     check_image,
+    concatenate,
     pad_to_multiple,
     to_conv_input,
     to_map,
     to_tokens,
 )
-from mmvig.models.layers.interaction import Extractor, Injector, Interaction, Stream
+from mmvig.models.layers.interaction import Extractor, Injector, Interaction
+from mmvig.models.layers.kept import Kept, cast
+from mmvig.models.layers.norm import Stream, given_statistics, normalize_batch
 from mmvig.models.layers.spatial_prior import SpatialPriorModule, init_conv
 from mmvig.models.utils import ascending_indices
 
@@ -106,6 +110,7 @@ class ViTAdapter(BaseModule):
             for n in num_extra
         )
         self.up = nn.ConvTranspose2d(dims, dims, 2, 2) if with_finest else None
+        self._kept_up = Kept(cast)
         for i in self.out_indices:
             self.add_module(f'norm{i + 1}', build_norm_layer(norm_cfg, dims)[1])
         self._reset_parameters()
@@ -123,37 +128,60 @@ class ViTAdapter(BaseModule):
         sizes = [(-(-x.shape[2] // s), -(-x.shape[3] // s)) for s in STRIDES]
         x = to_conv_input(pad_to_multiple(x, STRIDES[-1]))
 
-        c1, *maps = self.spm(x)
+        c1, *maps = self.spm(x, self.level_embed)
         pyramid = make_levels([(m.shape[2], m.shape[3]) for m in maps], x.device)
-        c = torch.cat([to_tokens(m) + e for m, e in zip(maps, self.level_embed, strict=True)], 1)
+        dtype = torch.promote_types(maps[0].dtype, self.level_embed.dtype)
+        c = concatenate([to_tokens(m) for m in maps], dtype)
         x, hw = self.trunk.embed(x)
         c, tokens = self._interact(x, hw, c, pyramid)
 
-        c = c.to(working_dtype(c))  # once; transposed conv, and convs behind the backbone, do so
+        # once; transposed conv, and convs behind the backbone, would do so
+        c = c.sum(working_dtype(c.x))
         levels = zip(c.split(pyramid.sizes, 1), pyramid.shapes, strict=True)
         maps = [to_map(level, hw) for level, hw in levels]
         outs = []
         for i in self.out_indices:
-            m = maps[i - 1] if i > 0 else self.up(maps[0]) + c1
             last = to_map(tokens[i if self.token_maps == 'each' else -1], hw)
-            norm = getattr(self, f'norm{i + 1}')
-            out = norm(m + _resize(last, (m.shape[2], m.shape[3])).to(m.dtype))
+            out = self._output(i, maps, c1, last)
             out = out[:, :, : sizes[i][0], : sizes[i][1]]
             outs.append(out.contiguous(memory_format=torch.channels_last))
         return tuple(outs)
 
+    def _output(self, i: int, maps: list[Tensor], c1: Tensor | None, tokens: Tensor) -> Tensor:
+        """Output i of the pyramid's maps, the finest of which is made here, and the tokens' map."""
+        x, y, bias = maps[i - 1], None, None
+        if i == 0:
+            x, bias = self._upsample(maps[0])
+            y = c1
+        norm = getattr(self, f'norm{i + 1}')
+        given = given_statistics(norm)
+        if given is not None and not torch.is_grad_enabled():
+            return resized_sum(x, tokens, y, bias, given, norm.eps)
+        return normalize_batch(norm, resized_sum(x, tokens, y, bias))
+
+    def _upsample(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Twice the size, by `self.up`; its bias, where that is still to be added."""
+        if form(x) != 'eager' or self.up._forward_hooks or self.up._forward_pre_hooks:
+            return self.up(x), None
+        weight = self.up.weight
+        if torch.is_grad_enabled():
+            weight = weight.to(dtype=x.dtype, memory_format=torch.channels_last)
+        else:
+            (weight,) = self._kept_up(x.dtype, weight)
+        return F.conv_transpose2d(x, weight, stride=self.up.stride), self.up.bias
+
     def _interact(
         self, x: Tensor, hw: tuple[int, int], c: Tensor, pyramid: Levels
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Stream, list[Tensor]]:
         """Runs trunk and interactions: the pyramid (B, S, C), and the tokens after each."""
         grid = make_levels([hw], x.device)
         stream, tokens = Stream(c), []
         for part, (first, last) in zip(self.interactions, self.interaction_indexes, strict=True):
-            x, stream = self._run(part.injector, x, stream, grid, pyramid)
-            x = self.trunk.forward_blocks(x, hw, first, last + 1)
-            stream = self._run(part.extract, stream, x, grid, pyramid)
+            pending, stream = self._run(part.injector, x, stream, grid, pyramid)
+            pending = self.trunk.run_stream(pending, hw, first, last + 1)
+            stream, x = self._run(part.extract, stream, pending, grid, pyramid)
             tokens.append(x)
-        return stream.sum(), tokens
+        return stream, tokens
 
     def _run(self, function: Callable[..., Any], *args: Tensor | Stream | Levels) -> Any:
         if self.with_cp and torch.is_grad_enabled():
@@ -186,13 +214,6 @@ class ViTAdapter(BaseModule):
                     nn.init.zeros_(module.bias)
         if self.up is not None:
             init_conv(self.up)
-
-
-def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, pixel centres at half-integers; (B, C, h, w) to (B, C, *size)."""
-    if x.shape[2:] == size:
-        return x
-    return F.interpolate(x, size=size, mode='bilinear', align_corners=False)
 
 
 def _check_interactions(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mmvig.kernels.dispatch import form, working_dtype
-from mmvig.models.layers.embed import is_capturing
+from mmvig.models.layers.kept import Kept
 from mmvig.models.layers.linear import Linear
 from mmvig.models.layers.mixer import BiGLAMixer
 from mmvig.models.layers.norm import LayerNorm, RMSNorm
@@ -50,8 +50,7 @@ class FusedForm:
     """
 
     def __init__(self) -> None:
-        self._key: tuple = ()
-        self._cast: tuple[Tensor, ...] | None = None
+        self._kept = Kept(_cast)
 
     def __call__(
         self,
@@ -81,28 +80,19 @@ class FusedForm:
             (block.attn_norm.eps, block.mlp_norm.eps, attn.g_norm.eps),
             working_dtype(x),
         )
-        cast = None if torch.is_grad_enabled() else self._keep_cast(weights, settings.dtype)
+        cast = None
+        if not torch.is_grad_enabled():
+            cast = self._kept(settings.dtype, *fused_block.products(weights))
         y = None if y is None else y.contiguous()
         return fused_block.run(x.contiguous(), y, keep, drop, weights, cast, settings)
 
-    def _keep_cast(self, weights: tuple, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
-        """The weights of the products in their dtype, from a cache of one; None for no cache."""
-        from mmvig.models.layers import fused_block
-
-        products = (weights.qkv, weights.gate, weights.low, weights.out, weights.up, weights.down)
-        # inference tensors count no versions; a CUDA graph outlives this cache, and the weights
-        if weights.qkv.is_inference() or is_capturing(weights.qkv.device):
-            return None
-        # an optimizer step or a loaded checkpoint changes a version, a move a pointer
-        key = (dtype, *[(w.data_ptr(), w._version) for w in products])
-        if key != self._key:
-            with torch.inference_mode(False):
-                self._key, self._cast = key, fused_block.cast(weights, dtype)
-        return self._cast
-
     def __deepcopy__(self, memo: dict) -> 'FusedForm':
-        """A copy of the model starts with an empty cache."""
+        """A copy of the model starts with nothing kept."""
         return FusedForm()
 
-    def __getstate__(self) -> dict:
-        return {'_key': (), '_cast': None}
+
+def _cast(dtype: torch.dtype, *products: Tensor) -> tuple[Tensor, ...]:
+    """`fused_block.cast`, imported when it is called, as Triton is."""
+    from mmvig.models.layers import fused_block
+
+    return fused_block.cast(dtype, *products)

@@ -9,9 +9,9 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from mmvig.kernels import ms_deform_attn
-from mmvig.models.layers.embed import is_capturing
-from mmvig.models.layers.linear import Linear, merged_linear
+from mmvig.kernels import ms_deform_attn, sampling_points
+from mmvig.models.layers.kept import is_capturing
+from mmvig.models.layers.linear import Linear, keep_joined, merged_linear
 
 # lists of sizes whose tables are kept; the largest of them are 8 bytes a token
 MAX_LEVELS = 64
@@ -31,8 +31,8 @@ class Levels:
         sizes: Tokens of each level.
         spatial_shapes: (L, 2) int64, (height, width).
         start_index: (L,) int64, first token of each level.
-        pixel: (L, 1, 2) float32, (width, height) of a level's pixel, as shares of the map's.
-        centers: (S, 1, 1, 1, 2) float32, the centre (x, y) of every token's pixel, 0 to 1 across
+        pixel: (L, 2) float32, (width, height) of a level's pixel, as shares of the map's.
+        centers: (S, 2) float32, the centre (x, y) of every token's pixel, 0 to 1 across
             its map.
     """
 
@@ -47,9 +47,9 @@ class Levels:
         sides = [side for shape in shapes for side in shape]
         self.spatial_shapes = filled(sides, torch.long).unflatten(0, (-1, 2))
         self.start_index = filled(starts, torch.long)
-        self.pixel = 1 / self.spatial_shapes.float().flip(-1)[:, None]
+        self.pixel = 1 / self.spatial_shapes.float().flip(-1)
         grids = [_pixel_centers(h, w, device) for h, w in shapes]
-        self.centers = torch.cat(grids)[:, None, None, None]
+        self.centers = torch.cat(grids)
 
 
 def _pixel_centers(h: int, w: int, device: torch.device) -> Tensor:
@@ -121,6 +121,7 @@ class DeformableAttention(nn.Module):
         self.attention_weights = Linear(embed_dims, num_samples)
         self.value_proj = Linear(embed_dims, value_dims)
         self.output_proj = Linear(value_dims, embed_dims)
+        self._kept_points = keep_joined(2)
         self._reset_parameters()
 
     def forward(self, query: Tensor, feat: Tensor, grid: Levels, levels: Levels) -> Tensor:
@@ -135,24 +136,22 @@ class DeformableAttention(nn.Module):
         Returns:
             (B, Q, C).
         """
-        value = self.value_proj(feat).unflatten(-1, (self.num_heads, -1))
-        locations, weights = self._points(query, grid.centers, levels.pixel)
-        return self.output_proj(
-            ms_deform_attn(value, levels.spatial_shapes, levels.start_index, locations, weights)
-        )
+        return self.output_proj(self.sample(query, feat, grid, levels))
 
-    def _points(self, query: Tensor, centers: Tensor, pixel: Tensor) -> tuple[Tensor, Tensor]:
+    def sample(self, query: Tensor, feat: Tensor, grid: Levels, levels: Levels) -> Tensor:
+        """The same, without the last projection: (B, Q, channels of all heads together)."""
+        value = self.value_proj(feat).unflatten(-1, (self.num_heads, -1))
+        locations, weights = self._points(query, (grid.centers, levels.pixel))
+        return ms_deform_attn(value, levels.spatial_shapes, levels.start_index, locations, weights)
+
+    def _points(self, query: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Locations (B, Q, H, L, P, 2) and weights (B, Q, H, L, P), in float32 at least."""
-        heads = (self.num_heads, self.num_levels, self.num_points)
         linears = (self.sampling_offsets, self.attention_weights)
         offsets, logits = merged_linear(
-            query, [x.weight for x in linears], [x.bias for x in linears]
+            query, [x.weight for x in linears], [x.bias for x in linears], self._kept_points
         )
-        # offsets are in pixels of their level
-        locations = centers + offsets.unflatten(-1, (*heads, 2)) * pixel
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        weights = logits.unflatten(-1, (self.num_heads, -1)).softmax(-1, dtype=dtype)
-        return locations, weights.unflatten(-1, heads[1:])
+        heads = (self.num_heads, self.num_levels, self.num_points)
+        return sampling_points(offsets, logits, table, heads)
 
     def _reset_parameters(self) -> None:
         """Heads look in evenly spread directions, point i at distance i + 1; equal weights."""

@@ -4,7 +4,7 @@ Shape legend: B batch, C channels, (h, w) token grid, N = h * w tokens, (H, W) i
 """
 
 import math
-from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from mmvig.kernels import residual_norm
 from mmvig.kernels.dispatch import working_dtype
+from mmvig.models.layers.conv import Conv2d
+from mmvig.models.layers.kept import Kept, is_capturing
 
 
 def to_map(x: Tensor, hw: tuple[int, int]) -> Tensor:
@@ -25,10 +27,31 @@ def to_tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether operators on the device are recorded in a CUDA graph at present."""
-    on_gpu = device.type == 'cuda' and torch.cuda.is_initialized()
-    return on_gpu and torch.cuda.is_current_stream_capturing()
+def concatenate(tokens: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Tokens (B, N_i, C) one after another, (B, sum of N_i, C), cast to a wider dtype."""
+    if torch.compiler.is_compiling() or all(t.dtype == dtype for t in tokens):
+        return torch.cat(list(tokens), 1).to(dtype)
+    return _Concatenated.apply(dtype, *tokens)
+
+
+class _Concatenated(torch.autograd.Function):
+    """Each part is read and written once, where `cat` would do so after the casts."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, dtype: torch.dtype, *tokens: Tensor
+    ) -> Tensor:
+        ctx.dtypes, ctx.sizes = [t.dtype for t in tokens], [t.shape[1] for t in tokens]
+        first = tokens[0]
+        out = first.new_empty(first.shape[0], sum(ctx.sizes), first.shape[2], dtype=dtype)
+        for part, t in zip(out.split(ctx.sizes, 1), tokens, strict=True):
+            part.copy_(t)
+        return out
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
+        parts = zip(grad.split(ctx.sizes, 1), ctx.dtypes, strict=True)
+        return None, *(part.to(dtype) for part, dtype in parts)
 
 
 def check_image(x: Tensor, in_channels: int, patch_size: int) -> None:
@@ -93,10 +116,10 @@ class ConvPatchEmbed(nn.Module):
         super().__init__()
         mid = embed_dims // 2
         self.proj = nn.Sequential(
-            nn.Conv2d(in_channels, mid, 9, stride=8, padding=1),
+            Conv2d(in_channels, mid, 9, stride=8, padding=1),
             MapNorm(mid, eps=1e-5),
             nn.SiLU(),
-            nn.Conv2d(mid, embed_dims, 3, stride=2, padding=1),
+            Conv2d(mid, embed_dims, 3, stride=2, padding=1),
             MapNorm(embed_dims, eps=1e-5, wide=True),  # the residual stream starts here
         )
 
@@ -149,36 +172,17 @@ def _bicubic(size: int, new_size: int, device: torch.device) -> Tensor:
 class PosEmbedResizer:
     """Resizes a position embedding to a token grid; in inference once per size.
 
-    Keeps the grids of the last sizes until the parameter changes. No module: holds no state that
-    belongs into a checkpoint.
-
     Args:
-        max_sizes: Sizes that are kept.
+        max_sizes: Sizes that are kept, those used last, until the parameter changes.
     """
 
     def __init__(self, max_sizes: int = 8) -> None:
-        self.max_sizes = max_sizes
-        self._cache: OrderedDict[tuple, Tensor] = OrderedDict()
+        self._kept = Kept(_resize_to, max_sizes)
 
     def __call__(self, pos_embed: Tensor, hw: tuple[int, int]) -> Tensor:
         """(1, M * M, C) to (1, h * w, C)."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or pos_embed.is_meta:
-            return resize_pos_embed(pos_embed, hw)
-        # inference tensors count no versions; a CUDA graph outlives this cache, and the weights
-        if pos_embed.is_inference() or is_capturing(pos_embed.device):
-            return resize_pos_embed(pos_embed, hw)
-        # an optimizer step or a loaded checkpoint changes the version, a move the pointer
-        key = (hw, pos_embed.dtype, pos_embed.device, pos_embed.data_ptr(), pos_embed._version)
-        if key not in self._cache:
-            self._cache[key] = resize_pos_embed(pos_embed, hw)
-            while len(self._cache) > self.max_sizes:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(key)
-        return self._cache[key]
+        return self._kept(hw, pos_embed)[0]
 
-    def __deepcopy__(self, memo: dict) -> 'PosEmbedResizer':
-        """A copy of the model starts with an empty cache."""
-        return PosEmbedResizer(self.max_sizes)
 
-    def __getstate__(self) -> dict:
-        return {'max_sizes': self.max_sizes, '_cache': OrderedDict()}
+def _resize_to(hw: tuple[int, int], pos_embed: Tensor) -> tuple[Tensor]:
+    return (resize_pos_embed(pos_embed, hw),)

@@ -78,18 +78,23 @@ class Cast(NamedTuple):
     down: Tensor
 
 
-def cast(w: Weights, dtype: torch.dtype) -> Cast:
-    """Casts the weights of the products in one call."""
-    sources = (w.qkv, w.gate, w.low, w.out, w.up, w.down)
-    c, f = w.down.shape
-    flat = torch.empty(c * (4 * c + w.low.shape[0] + 3 * f), dtype=dtype, device=w.out.device)
+def cast(dtype: torch.dtype, *sources: Tensor) -> Cast:
+    """Casts the weights of the products, `products(weights)`, in one call."""
+    low, down = sources[2], sources[5]
+    c, f = down.shape
+    flat = torch.empty(c * (4 * c + low.shape[0] + 3 * f), dtype=dtype, device=down.device)
     parts = flat.split([t.numel() for t in sources])
     with torch.no_grad():
         torch._foreach_copy_(
             [p.view(t.shape) for p, t in zip(parts, sources, strict=True)], sources
         )
-    into = flat[: c * (3 * c + w.low.shape[0])].view(-1, c)
+    into = flat[: c * (3 * c + low.shape[0])].view(-1, c)
     return Cast(into, parts[3].view(c, c), parts[4].view(2 * f, c), parts[5].view(c, f))
+
+
+def products(w: Weights) -> tuple[Tensor, ...]:
+    """The weights of the products, in the order of their use."""
+    return w.qkv, w.gate, w.low, w.out, w.up, w.down
 
 
 class Kept(NamedTuple):
@@ -237,7 +242,7 @@ class _Block(torch.autograd.Function):
         *weights: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         weights = Weights(*weights)
-        half = cast(weights, settings.dtype)
+        half = cast(settings.dtype, *products(weights))
         middle, branch, kept = forward(x, y, keep, drop, weights, half, settings)
         ctx.save_for_backward(keep, drop, *weights, *half, *kept)
         ctx.settings, ctx.y_dtype = settings, None if y is None else y.dtype
@@ -289,5 +294,5 @@ def run(
     """
     if torch.is_grad_enabled():
         return _Block.apply(x, y, keep, drop, settings, *weights)
-    half = cast(weights, settings.dtype) if half is None else half
+    half = cast(settings.dtype, *products(weights)) if half is None else half
     return forward(x, y, keep, drop, weights, half, settings)[:2]

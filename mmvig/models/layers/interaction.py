@@ -3,35 +3,18 @@
 Shape legend: B batch, C channels, N tokens of the trunk's grid, S tokens of the pyramid's levels.
 """
 
-from typing import NamedTuple
-
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from mmvig.kernels.dispatch import form, working_dtype
 from mmvig.models.layers.deform_attn import DeformableAttention, Levels
 from mmvig.models.layers.ffn import ConvFFN
-from mmvig.models.layers.norm import LayerNorm, add, draw_keep
+from mmvig.models.layers.kept import Kept
+from mmvig.models.layers.linear import Linear, merged_linear, multiply
+from mmvig.models.layers.norm import LayerNorm, Stream, draw_keep
 
 EPS = 1e-6
-
-
-class Stream(NamedTuple):
-    """A residual stream whose last branch is still to be added: the next norm does it in one pass.
-
-    Attributes:
-        x: (B, S, C).
-        y: (B, S, C), to be added to it; or None.
-        keep: (B,), factors of y, which drop path has drawn; or None.
-    """
-
-    x: Tensor
-    y: Tensor | None = None
-    keep: Tensor | None = None
-
-    def sum(self) -> Tensor:
-        """(B, S, C), with everything added."""
-        return self.x if self.y is None else add(*self)
 
 
 class Injector(nn.Module):
@@ -43,12 +26,37 @@ class Injector(nn.Module):
         self.feat_norm = LayerNorm(dims, eps=EPS)
         self.attn = DeformableAttention(dims, num_heads, 3, num_points, value_ratio)
         self.gamma = nn.Parameter(torch.zeros(dims))
+        self._kept = Kept(_cast_scaled)
 
-    def forward(self, x: Tensor, c: Stream, grid: Levels, pyramid: Levels) -> tuple[Tensor, Stream]:
+    def forward(self, x: Tensor, c: Stream, grid: Levels, pyramid: Levels) -> tuple[Stream, Stream]:
         """x (B, N, C) of the grid, c (B, S, C) of the pyramid's three levels, to new x, and c."""
         total, feat = self.feat_norm.add(*c)
-        out = self.attn(self.query_norm(x), feat, grid, pyramid)
-        return x + self.gamma * out, Stream(total)
+        query, proj = self.query_norm(x), self.attn.output_proj
+        if form(x) != 'eager' or _is_watched(self.attn) or _is_watched(proj):
+            return Stream(x, self.gamma * self.attn(query, feat, grid, pyramid)), Stream(total)
+        # gamma times a product is the product with gamma times the weights
+        sampled = self.attn.sample(query, feat, grid, pyramid)
+        if torch.is_grad_enabled():
+            weight, bias = _scale(proj.weight, proj.bias, self.gamma)
+            (out,) = merged_linear(sampled, [weight], [bias])
+        else:
+            made = self._kept(working_dtype(x), proj.weight, proj.bias, self.gamma)
+            out = multiply(sampled, *made)
+        return Stream(x, out), Stream(total)
+
+
+def _scale(weight: Tensor, bias: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    return gamma[:, None] * weight, gamma * bias
+
+
+def _cast_scaled(dtype: torch.dtype, *params: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.to(dtype) for x in _scale(*params))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a module's call is seen by hooks, or is not that of this project."""
+    kinds = (DeformableAttention, Linear)
+    return bool(type(module) not in kinds or module._forward_hooks or module._forward_pre_hooks)
 
 
 class Extractor(nn.Module):
@@ -71,12 +79,14 @@ class Extractor(nn.Module):
         self.ffn_norm = LayerNorm(dims, eps=EPS)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, c: Stream, x: Tensor, grid: Levels, pyramid: Levels) -> Stream:
-        """c (B, S, C) of the pyramid, x (B, N, C) of the grid, to new c."""
+    def forward(self, c: Stream, x: Stream, grid: Levels, pyramid: Levels) -> tuple[Stream, Stream]:
+        """c (B, S, C) of the pyramid, x (B, N, C) of the grid, to new c, and x."""
         total, query = self.query_norm.add(*c)
-        out = self.attn(query, self.feat_norm(x), pyramid, grid)
+        x, feat = self.feat_norm.add(*x)
+        out = self.attn(query, feat, pyramid, grid)
         total, normed = self.ffn_norm.add(total, out, None)
-        return Stream(total, self.ffn(normed, pyramid.shapes), draw_keep(total, self.drop_path))
+        out = self.ffn(normed, pyramid.shapes)
+        return Stream(total, out, draw_keep(total, self.drop_path)), Stream(x)
 
 
 class Interaction(nn.Module):
@@ -88,8 +98,8 @@ class Interaction(nn.Module):
         self.extractor = extractor
         self.extra_extractors = nn.ModuleList(extra) if extra else None
 
-    def extract(self, c: Stream, x: Tensor, grid: Levels, pyramid: Levels) -> Stream:
-        """Runs the extractors in turn; arguments as of `Extractor.forward`."""
+    def extract(self, c: Stream, x: Stream, grid: Levels, pyramid: Levels) -> tuple[Stream, Tensor]:
+        """Runs the extractors in turn; arguments as of `Extractor.forward`, x is returned added."""
         for extractor in (self.extractor, *(self.extra_extractors or ())):
-            c = extractor(c, x, grid, pyramid)
-        return c
+            c, x = extractor(c, x, grid, pyramid)
+        return c, x.sum()

@@ -6,28 +6,42 @@ biases in float32 straight from products, where PyTorch rounds them and casts or
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmvig.kernels.dispatch import form, working_dtype
+from mmvig.models.layers.kept import Kept
 
 # whether mm can return float32 for products of half precision (PyTorch 2.8)
 WIDE_RESULTS = hasattr(torch.ops.aten.mm, 'dtype')
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, computed by `merged_linear`."""
+    """`nn.Linear`, computed by `merged_linear`; in inference with weights that are cast once."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self._kept = keep_joined(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
         biases = () if self.bias is None else (self.bias,)
-        return merged_linear(x, [self.weight], biases)[0]
+        return merged_linear(x, [self.weight], biases, self._kept)[0]
+
+
+def keep_joined(count: int) -> Kept:
+    """For so many linears: what `merged_linear` makes of their weights and biases."""
+    return Kept(partial(_join_all, count))
 
 
 def merged_linear(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] = (),
+    kept: Kept | None = None,
 ) -> Sequence[Tensor]:
     """Several linears on the same input: on a GPU one product.
 
@@ -35,6 +49,7 @@ def merged_linear(
         x: (..., in_features).
         weights: (out_features, in_features) of each linear.
         biases: (out_features,) of each linear, or none at all.
+        kept: What `keep_joined` returned, to be used for these linears alone; or None.
 
     Returns:
         (..., out_features) of each linear: on a GPU column blocks of one buffer.
@@ -46,8 +61,26 @@ def merged_linear(
     if way == 'registered':
         out = F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
         return out.split([w.shape[0] for w in weights], -1)
-    outs = _MergedLinear.apply(x, len(weights), working_dtype(x), *weights, *biases)
-    return [outs] if len(weights) == 1 else outs
+    dtype = working_dtype(x)
+    if torch.is_grad_enabled():
+        outs = _MergedLinear.apply(x, len(weights), dtype, *weights, *biases)
+        return [outs] if len(weights) == 1 else outs
+    kept = kept or keep_joined(len(weights))
+    out = multiply(x, *kept(dtype, *weights, *biases))
+    return out.split([w.shape[0] for w in weights], -1)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(..., in_features) to (..., out_features) in the weight's dtype, outside autograd."""
+    rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+    out = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+    return out.view(*x.shape[:-1], -1)
+
+
+def _join_all(count: int, dtype: torch.dtype, *params: Tensor) -> tuple[Tensor, ...]:
+    """The weights of `count` linears as one, and the biases, if they have any."""
+    parts = (params[:count], params[count:])
+    return tuple(_joined(part, dtype) for part in parts if part)
 
 
 def _joined(params: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -58,6 +91,22 @@ def _joined(params: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     joined = torch.empty(sum(sizes), *params[0].shape[1:], dtype=dtype, device=params[0].device)
     torch._foreach_copy_(joined.split(sizes), params)
     return joined
+
+
+def side_by_side(blocks: Sequence[Tensor]) -> Tensor:
+    """Matrices (..., N_i) as one (..., sum of N_i), without a copy where they are parts of one."""
+    if len(blocks) == 1:
+        return blocks[0]
+    first, width = blocks[0], sum(x.shape[-1] for x in blocks)
+    at, strides = first.storage_offset(), [width, 1]
+    for n in reversed(first.shape[1:-1]):
+        strides.insert(0, n * strides[0])
+    for x in blocks:
+        one = x.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not one or x.storage_offset() != at or list(x.stride()) != strides:
+            return torch.cat(blocks, -1)
+        at += x.shape[-1]
+    return first.as_strided((*first.shape[:-1], width), strides)
 
 
 def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,7 +144,7 @@ class _MergedLinear(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple:
         rows, weight = ctx.saved_tensors
         shape, dtype = ctx.x_like
-        grad = grads[0] if len(grads) == 1 else torch.cat(grads, -1)
+        grad = side_by_side(grads)
         grad = grad.reshape(-1, weight.shape[0]).to(rows.dtype)
         dx = dweights = dbiases = None
         if ctx.needs_input_grad[0]:

@@ -1,13 +1,13 @@
 """Spatial prior module of the ViT-Adapter: a small convolutional pyramid beside the trunk."""
 
 import math
+from collections.abc import Sequence
 
-import torch
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 
-from mmvig.kernels.dispatch import form
-from mmvig.models.layers.linear import merged_linear
+from mmvig.models.layers.conv import Conv2d, PointConv2d
+from mmvig.models.layers.norm import normalize_batch
 
 
 class SpatialPriorModule(nn.Module):
@@ -35,7 +35,7 @@ class SpatialPriorModule(nn.Module):
 
         def conv(cin: int, cout: int, stride: int = 2) -> list[nn.Module]:
             return [
-                nn.Conv2d(cin, cout, 3, stride=stride, padding=1, bias=False),
+                Conv2d(cin, cout, 3, stride, padding=1, bias=False),
                 build_norm_layer(norm_cfg, cout)[1],
                 nn.ReLU(inplace=True),
             ]
@@ -50,30 +50,39 @@ class SpatialPriorModule(nn.Module):
         self.conv2 = nn.Sequential(*conv(c, 2 * c))
         self.conv3 = nn.Sequential(*conv(2 * c, 4 * c))
         self.conv4 = nn.Sequential(*conv(4 * c, 4 * c))
-        self.fc1 = nn.Conv2d(c, embed_dims, 1) if with_finest else None
-        self.fc2 = nn.Conv2d(2 * c, embed_dims, 1)
-        self.fc3 = nn.Conv2d(4 * c, embed_dims, 1)
-        self.fc4 = nn.Conv2d(4 * c, embed_dims, 1)
+        self.fc1 = PointConv2d(c, embed_dims) if with_finest else None
+        self.fc2 = PointConv2d(2 * c, embed_dims)
+        self.fc3 = PointConv2d(4 * c, embed_dims)
+        self.fc4 = PointConv2d(4 * c, embed_dims)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 init_conv(module)
 
-    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        """(B, in_channels, H, W), sides multiples of 32, to (B, C, H / s, W / s), s = 4 … 32."""
-        c1 = self.stem(x)
-        c2 = self.conv2(c1)
-        c3 = self.conv3(c2)
-        c4 = self.conv4(c3)
-        finest = None if self.fc1 is None else project(self.fc1, c1)
-        return finest, project(self.fc2, c2), project(self.fc3, c3), project(self.fc4, c4)
+    def forward(
+        self, x: Tensor, shifts: Sequence[Tensor | None] = (None, None, None)
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        """(B, in_channels, H, W), sides multiples of 32, to (B, C, H / s, W / s), s = 4 … 32.
+
+        Shifts (C,) are added to the pixels of the last three maps.
+        """
+        c1 = _run(self.stem, x)
+        c2 = _run(self.conv2, c1)
+        c3 = _run(self.conv3, c2)
+        c4 = _run(self.conv4, c3)
+        finest = None if self.fc1 is None else self.fc1(c1)
+        coarse = zip((self.fc2, self.fc3, self.fc4), (c2, c3, c4), shifts, strict=True)
+        return finest, *(fc(m, shift) for fc, m, shift in coarse)
 
 
-def project(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1x1 conv of (B, C, H, W): on a GPU, and compiled, as a product with the bias in it."""
-    if form(x) != 'eager' and not torch.compiler.is_compiling():
-        return conv(x)
-    (out,) = merged_linear(x.permute(0, 2, 3, 1), [conv.weight.flatten(1)], [conv.bias])
-    return out.permute(0, 3, 1, 2)
+def _run(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """Triples of conv, norm and ReLU; where they are followed by pooling, the last with that."""
+    pools = len(layers) % 3 == 1
+    triples = len(layers) // 3
+    for i in range(triples):
+        x = layers[3 * i](x)
+        pool = pools and i == triples - 1
+        x = normalize_batch(layers[3 * i + 1], x, relu=True, pool=pool)
+    return x
 
 
 def init_conv(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:

@@ -1,0 +1,64 @@
+"""Convolutions whose weights are cast, and laid out as cuDNN wants them, once in inference."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmvig.kernels.dispatch import form, working_dtype
+from mmvig.models.layers.kept import Kept, cast
+from mmvig.models.layers.linear import merged_linear, multiply
+
+
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` without groups, with zeros around the map.
+
+    On a GPU, outside `torch.compile`, one call casts the weights and lays them out channels last,
+    in inference only when they have changed.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1,
+        padding: int = 0, bias: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+        self._kept = Kept(cast)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels, H', W')."""
+        if form(x) != 'eager':
+            return super().forward(x)
+        params = [self.weight] if self.bias is None else [self.weight, self.bias]
+        dtype = working_dtype(x)
+        if torch.is_grad_enabled():
+            params[0] = self.weight.to(dtype=dtype, memory_format=torch.channels_last)
+        else:
+            params = self._kept(dtype, *params)
+        bias = params[1] if self.bias is not None else None
+        return F.conv2d(x, params[0], bias, self.stride, self.padding)
+
+
+class PointConv2d(nn.Conv2d):
+    """A 1x1 conv: on a GPU, and compiled, a product with the bias in it."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+        self._kept = Kept(_cast_product)
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels, H, W); shift (out_channels,) is added."""
+        if form(x) != 'eager' and not torch.compiler.is_compiling():
+            out = super().forward(x)
+            return out if shift is None else out + shift[:, None, None]
+        pixels, weight = x.permute(0, 2, 3, 1), self.weight.flatten(1)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            bias = self.bias if shift is None else self.bias + shift
+            (out,) = merged_linear(pixels, [weight], [bias])
+        else:
+            biases = (self.bias,) if shift is None else (self.bias, shift)
+            out = multiply(pixels, *self._kept(working_dtype(x), weight, *biases))
+        return out.permute(0, 3, 1, 2)
+
+
+def _cast_product(dtype: torch.dtype, weight: Tensor, *biases: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight and the sum of the biases in a dtype."""
+    return weight.to(dtype), sum(biases[1:], biases[0]).to(dtype)
