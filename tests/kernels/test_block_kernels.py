@@ -25,7 +25,7 @@ from mmvig.kernels import (  # noqa: E402
     sampling_points_kernels,
     swiglu_kernels,
 )
-from mmvig.kernels.shares import sum_shares  # noqa: E402
+from mmvig.kernels.shares import sum_rows, sum_shares  # noqa: E402
 
 FP32 = torch.float32
 # Largest ||x - y|| / ||y||: the rounding of results, and of what a product takes.
@@ -261,3 +261,10 @@ def test_sampling_points(heads: tuple[int, int, int], dtype: torch.dtype) -> Non
     outs = reference.sampling_points(*leaves, wide_table, heads)
     expected = (*outs, *torch.autograd.grad(outs, leaves, [g.double() for g in grads]))
     assert_close(actual, dict(zip(actual, expected, strict=True)), dtype)
+
+
+@dtypes
+@pytest.mark.parametrize('shape', [(1, 5), (700, 70), (1000, 130)])
+def test_sum_rows(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = rand(shape[0], shape[1] + 3, dtype=dtype)[:, 2:-1]
+    assert_close({'sum': sum_rows(x)}, {'sum': x.double().sum(0)}, FP32)

@@ -1,8 +1,8 @@
 """Linear layers with few kernels and few calls: several that read the same tokens as one product.
 
 On a GPU, outside `torch.compile`, a call is one autograd function. It casts the weights, under
-autocast, into one buffer, multiplies once, and in the backward gets the gradients of weights and
-biases in float32 straight from products, where PyTorch rounds them and casts or sums them slowly.
+autocast, into one buffer, multiplies once, and in the backward gets the gradients of weights in
+float32 straight from products, where PyTorch rounds them, and those of biases from small kernels.
 """
 
 from collections.abc import Sequence
@@ -153,8 +153,10 @@ class _MergedLinear(torch.autograd.Function):
             dweight = wide_product(grad.t(), rows, ctx.param_dtype)
             dweights = dweight.split(ctx.sizes)
             if ctx.has_bias:
-                ones = torch.ones(1, grad.shape[0], dtype=grad.dtype, device=grad.device)
-                dbiases = wide_product(ones, grad, ctx.param_dtype)[0].split(ctx.sizes)
+                # Imported here since PyTorch builds for the CPU come without Triton.
+                from mmvig.kernels.shares import sum_rows
+
+                dbiases = sum_rows(grad).to(ctx.param_dtype).split(ctx.sizes)
         else:
             dweights = [None] * len(ctx.sizes)
             dbiases = dweights
