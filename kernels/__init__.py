@@ -9,6 +9,7 @@ from mmvig.kernels.ms_deform_attn import ms_deform_attn
 from mmvig.kernels.residual_norm import residual_norm
 from mmvig.kernels.resized_sum import resized_sum
 from mmvig.kernels.sampling_points import sampling_points
+from mmvig.kernels.stem_conv import stem_conv
 from mmvig.kernels.swiglu import swiglu
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     'residual_norm',
     'resized_sum',
     'sampling_points',
+    'stem_conv',
     'swiglu',
 ]

@@ -296,3 +296,28 @@ def sampling_points(
     dtype = torch.promote_types(logits.dtype, torch.float32)
     weights = logits.unflatten(-1, (heads[0], -1)).softmax(-1, dtype=dtype)
     return locations, weights.unflatten(-1, heads[1:])
+
+
+def stem_conv(
+    x: Tensor,
+    weight: Tensor,
+    norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    eps: float = 1e-5,
+    relu: bool = False,
+) -> Tensor:
+    """A 3x3 conv with stride 2 and padding 1; on request batch norm by given statistics, ReLU.
+
+    Args:
+        x: (B, CIN, H, W).
+        weight: (C, CIN, 3, 3).
+        norm: Mean, variance, weight and bias, (C,) each; or None.
+        eps: Added to the variance.
+        relu: Whether ReLU follows.
+
+    Returns:
+        (B, C, (H + 1) // 2, (W + 1) // 2) in the dtype of x.
+    """
+    out = F.conv2d(x, weight.to(x.dtype), stride=2, padding=1)
+    if norm is not None:
+        out = F.batch_norm(out, *norm, False, 0.0, eps)
+    return F.relu(out) if relu else out

@@ -102,6 +102,11 @@ def _sampling_points(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
     return [*both.split([2 * wide, wide], -1), table, heads]
 
 
+def _stem_conv(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    image = _maps(rand, dtype, 3, 37, 50)
+    return [(image,), rand(dims, 3, 3, 3, dtype=FP32), _batch_norm(rand, dims), 1e-5, True]
+
+
 # Operator, and what makes its arguments, by the case's name.
 DRAW: dict[str, tuple[str, Callable[[Random, torch.dtype, int], Inputs]]] = {
     'swiglu': ('swiglu', _swiglu),
@@ -114,6 +119,7 @@ DRAW: dict[str, tuple[str, Callable[[Random, torch.dtype, int], Inputs]]] = {
     'batch_norm, ReLU, pooling': ('batch_norm', _pooled_norm),
     'batch_norm': ('batch_norm', _plain_norm),
     'batch_norm, given statistics, ReLU': ('batch_norm', _given_norm),
+    'stem_conv': ('stem_conv', _stem_conv),
     'sampling_points': ('sampling_points', _sampling_points),
     'resized_sum, by 4': ('resized_sum', _upsampled_sum),
     'resized_sum, by 1/2': ('resized_sum', _halved_sum),
@@ -149,7 +155,7 @@ def check(case: Case) -> tuple[list[float], float]:
 def draw(case: Case, device: str) -> tuple[str, list]:
     """The operator's name, and arguments; tensors are leaves, as strided as drawn.
 
-    Short ones are constants, and so are those of a tuple.
+    Short ones are constants, and so are those of a tuple, which stands for its tensor if it has one.
     """
     op, make = DRAW[case.what]
 
@@ -158,7 +164,8 @@ def draw(case: Case, device: str) -> tuple[str, list]:
 
     def leaf(x: object) -> object:
         if isinstance(x, tuple):
-            return tuple(t.to(device) if isinstance(t, Tensor) else t for t in x)
+            constants = tuple(t.to(device) if isinstance(t, Tensor) else t for t in x)
+            return constants[0] if len(constants) == 1 else constants
         if not isinstance(x, Tensor):
             return x
         x = x.detach().to(device)
@@ -178,7 +185,8 @@ def compare(function: Callable, definition: Callable, inputs: list) -> list[floa
         is_tensor = isinstance(x, Tensor)
         return x.detach().double().requires_grad_(x.requires_grad) if is_tensor else x
 
-    actual = results_and_gradients(function, inputs)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        actual = results_and_gradients(function, inputs)
     expected = results_and_gradients(definition, [double(x) for x in inputs])
     return [
         max((_error(x, y) for x, y in zip(xs, ys, strict=True)), key=lambda e: (e != e, e))
@@ -187,15 +195,20 @@ def compare(function: Callable, definition: Callable, inputs: list) -> list[floa
 
 
 def results_and_gradients(function: Callable, inputs: list) -> tuple[list[Tensor], list[Tensor]]:
-    """Results with and without gradients, and gradients of a fixed weighting of them."""
+    """Results with and without gradients, and gradients of a fixed weighting of them.
+
+    The weights are random, so that sums of them over tokens, which the gradients of biases are, do
+    not cancel, where rounding would be all that is left.
+    """
     out = function(*inputs)
     outs = out if isinstance(out, tuple) else (out,)
     with torch.no_grad():
         again = function(*inputs)
     total = 0
     for x in outs:
-        weights = torch.sin(torch.arange(x.numel(), device=x.device, dtype=torch.float64))
-        total = total + (x.double() * weights.view(x.shape)).sum()
+        rng = torch.Generator().manual_seed(x.numel())
+        weights = torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x.device)
+        total = total + (x.double() * weights).sum()
     leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
     again = again if isinstance(again, tuple) else (again,)
     return [*(x.detach() for x in outs), *again], list(torch.autograd.grad(total, leaves))

@@ -23,6 +23,7 @@ from mmvig.kernels import (  # noqa: E402
     residual_norm_kernels,
     resized_sum_kernels,
     sampling_points_kernels,
+    stem_conv_kernels,
     swiglu_kernels,
 )
 from mmvig.kernels.shares import sum_rows, sum_shares  # noqa: E402
@@ -268,3 +269,17 @@ def test_sampling_points(heads: tuple[int, int, int], dtype: torch.dtype) -> Non
 def test_sum_rows(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x = rand(shape[0], shape[1] + 3, dtype=dtype)[:, 2:-1]
     assert_close({'sum': sum_rows(x)}, {'sum': x.double().sum(0)}, FP32)
+
+
+@dtypes
+@pytest.mark.parametrize('whole', [False, True])
+@pytest.mark.parametrize(('cin', 'dims', 'hw'), [(3, 64, (9, 14)), (1, 70, (2, 3)), (3, 8, (1, 1))])
+def test_stem_conv(
+    cin: int, dims: int, hw: tuple[int, int], whole: bool, dtype: torch.dtype
+) -> None:
+    x, weight = rand(2, *hw, cin, dtype=dtype), rand(dims, cin, 3, 3)
+    norm = [rand(dims), rand(dims).exp(), rand(dims), rand(dims)] if whole else None
+    out = stem_conv_kernels.forward(x, weight, norm or [None] * 4, 1e-3, whole)
+    wide = None if norm is None else [t.double() for t in norm]
+    args = (x.double().permute(0, 3, 1, 2), weight.to(dtype).double(), wide, 1e-3, whole)
+    assert_close({'out': out}, {'out': reference.stem_conv(*args).permute(0, 2, 3, 1)}, dtype)

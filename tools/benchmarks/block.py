@@ -47,7 +47,7 @@ SIZES = {
     '224 px base': Size(256, (14, 14), 768, 12, 2048),
 }
 OPS = ('swiglu', 'residual_norm', 'gated_head_norm', 'depthwise_conv', 'log_gates')
-ADAPTER_OPS = ('resized_sum', 'batch_norm', 'sampling_points')
+ADAPTER_OPS = ('resized_sum', 'batch_norm', 'sampling_points', 'stem_conv')
 CASES = {f'{op}, {size}': (op, SIZES[size]) for size in SIZES for op in OPS}
 CASES |= {f'{op}, det {a}': (op, SIZES[f'det {a}']) for a in ('tiny', 'base') for op in ADAPTER_OPS}
 
@@ -75,6 +75,10 @@ def _draw(op: str, size: Size) -> tuple[list[Tensor], Callable[..., list]]:
         running = (torch.zeros(64, device='cuda'), torch.ones(64, device='cuda'))
         leaves = [x.permute(0, 3, 1, 2).requires_grad_(), _weight(64), _weight(64)]
         return leaves, lambda *leaves: _norm_arguments(running, *leaves)
+    if op == 'stem_conv':  # the backward is cuDNN's
+        image = torch.randn(size.batch, 16 * size.hw[0], 16 * size.hw[1], 3, device='cuda')
+        image = image.to(BF16).permute(0, 3, 1, 2)
+        return [_weight(64, 3, 3, 3)], lambda weight: [image, weight]
     if op == 'sampling_points':  # of an extractor
         heads = (12 if c == 768 else 6, 1, 4)
         n = 21 * size.hw[0] * size.hw[1] // 4

@@ -3,11 +3,14 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 
+from mmvig.kernels import stem_conv
+from mmvig.kernels.stem_conv import MAX_CHANNELS
 from mmvig.models.layers.conv import Conv2d, PointConv2d
-from mmvig.models.layers.norm import normalize_batch
+from mmvig.models.layers.norm import given_statistics, normalize_batch
 
 
 class SpatialPriorModule(nn.Module):
@@ -79,10 +82,22 @@ def _run(layers: nn.Sequential, x: Tensor) -> Tensor:
     pools = len(layers) % 3 == 1
     triples = len(layers) // 3
     for i in range(triples):
-        x = layers[3 * i](x)
-        pool = pools and i == triples - 1
-        x = normalize_batch(layers[3 * i + 1], x, relu=True, pool=pool)
+        conv, norm = layers[3 * i], layers[3 * i + 1]
+        if conv.stride == (2, 2) and conv.in_channels <= MAX_CHANNELS and not _is_watched(conv):
+            given = None if torch.is_grad_enabled() else given_statistics(norm)
+            if given is not None and not (pools and triples == 1):
+                x = stem_conv(x, conv.weight, given, norm.eps, relu=True)
+                continue
+            x = stem_conv(x, conv.weight)
+        else:
+            x = conv(x)
+        x = normalize_batch(norm, x, relu=True, pool=pools and i == triples - 1)
     return x
+
+
+def _is_watched(conv: nn.Module) -> bool:
+    """Whether the module has to run: hooks want to see it, or nothing but it would."""
+    return bool(type(conv) is not Conv2d or conv._forward_hooks or conv._forward_pre_hooks)
 
 
 def init_conv(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
