@@ -155,7 +155,7 @@ def check(case: Case) -> tuple[list[float], float]:
 def draw(case: Case, device: str) -> tuple[str, list]:
     """The operator's name, and arguments; tensors are leaves, as strided as drawn.
 
-    Short ones are constants, and so are those of a tuple, which stands for its tensor if it has one.
+    Short ones are constants, and so are those of a tuple; one of one stands for its tensor.
     """
     op, make = DRAW[case.what]
 
