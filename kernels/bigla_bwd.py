@@ -61,8 +61,7 @@ def _is_right(device: torch.device) -> bool:
     if device not in _right:
         if torch.cuda.is_current_stream_capturing():
             return False
-        with torch.cuda.device(device), torch.inference_mode(False):
-            fault = find_fault(device)
+        fault = find_fault(device)
         _right[device] = fault is None
         if fault is not None:
             warnings.warn(

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
 
@@ -46,8 +47,7 @@ def _checked(
     dv: int,
     gradients: bool,
 ) -> bool:
-    with torch.cuda.device(device), torch.inference_mode(False):
-        fault = find_fault(device, dtype, gate_dtype, dk, dv, gradients)
+    fault = find_fault(device, dtype, gate_dtype, dk, dv, gradients)
     if fault is not None:
         _warn_once(device, dtype, dk, dv, fault)
     return fault is None
@@ -97,14 +97,30 @@ def search_fault(
 ) -> str | None:
     """The first error of any case that is too large, in words, or what was raised; else None.
 
-    measure_errors takes what `draw` returns and the chunks of a segment, as `measure` does.
+    measure_errors takes what `draw` returns and the chunks of a segment, as `measure` does. It runs
+    in a thread of its own, where no mode of the caller's holds: a compiled graph watches the
+    operators of its first call, inference knows no gradients, autocast casts.
     """
+    with ThreadPoolExecutor(1) as thread:
+        args = (measure_errors, device, dtype, gate_dtype, dk, dv)
+        return thread.submit(_search_fault, *args).result()
+
+
+def _search_fault(
+    measure_errors: Callable[[list[Tensor], int], dict[str, float]],
+    device: torch.device,
+    dtype: torch.dtype,
+    gate_dtype: torch.dtype,
+    dk: int,
+    dv: int,
+) -> str | None:
     try:
-        for n, gate, chunks in CASES:
-            args = draw(1, n, 2, dk, dv, gate, dtype, gate_dtype, device)
-            for name, error in measure_errors(args, chunks).items():
-                if not error <= TOLERANCE[dtype]:
-                    return f'error {error:.1e} of {name} at {n} tokens and log gates of {gate}'
+        with torch.cuda.device(device if device.type == 'cuda' else -1):
+            for n, gate, chunks in CASES:
+                args = draw(1, n, 2, dk, dv, gate, dtype, gate_dtype, device)
+                for name, error in measure_errors(args, chunks).items():
+                    if not error <= TOLERANCE[dtype]:
+                        return f'error {error:.1e} of {name} at {n} tokens and log gates of {gate}'
     except Exception as e:  # a compiler may fail in many ways, and none may stop the training
         return f'{type(e).__name__}: {str(e)[:200]}'
     return None

@@ -137,8 +137,9 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
-        *grads, weights, bias = _launch_backward(*ctx.saved_tensors, grad, *ctx.settings)
-        bias = None if ctx.saved_tensors[5] is None else bias
+        saved = ctx.saved_tensors  # once: recomputed tensors are given out a single time
+        *grads, weights, bias = _launch_backward(*saved, grad, *ctx.settings)
+        bias = None if saved[5] is None else bias
         return *grads, weights[0], weights[1], bias, None, None
 
 
@@ -211,10 +212,9 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tenso
 
 
 def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
-    *grads, weights, bias = torch.ops.mmvig.gated_head_norm_backward(
-        *ctx.saved_tensors, grad, *ctx.settings
-    )
-    bias = None if ctx.saved_tensors[5] is None else bias
+    saved = ctx.saved_tensors  # once: recomputed tensors are given out a single time
+    *grads, weights, bias = torch.ops.mmvig.gated_head_norm_backward(*saved, grad, *ctx.settings)
+    bias = None if saved[5] is None else bias
     return *grads, weights[0], weights[1], bias, None, None
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mmvig.kernels import bidirectional_gla, bigla, bigla_chunked, bigla_trust, reference
@@ -147,6 +148,26 @@ def test_the_plain_forms_results_are_contiguous_in_the_registered_operator() -> 
     actual = grads_of(partial(registered_operator, scale=32**-0.5), inputs)
     assert all(x.is_contiguous() for x in actual)
     assert_close(actual, grads_of(bidirectional_gla, inputs), 1e-5)
+
+
+class Refusing(TorchDispatchMode):
+    """No operator may run under it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        raise RuntimeError('a mode of the caller')
+
+
+def test_the_self_check_runs_outside_the_modes_of_its_caller() -> None:
+    """A compiled graph has one during its first call, which torch.func does not work under."""
+
+    def measure(args: list[Tensor], chunks: int) -> dict[str, float]:
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        torch.func.vjp(torch.sin, args[0])
+        return {'o': 0.0}
+
+    args = (measure, torch.device('cpu'), torch.float32, torch.float32, 16, 16)
+    with Refusing(), torch.inference_mode():
+        assert bigla_trust.search_fault(*args) is None
 
 
 # From here on: on a GPU.

@@ -224,7 +224,8 @@ def test_registered_form(what: str) -> None:
             for x, y in zip(xs, ys, strict=True):
                 torch.testing.assert_close(x, y)
         graphs.append(counter.frame_count)
-    assert graphs == [2, 2, 2]  # with gradients and without
+    # of its own for a call without gradients, and of the same number whatever the size
+    assert graphs == graphs[:1] * 3 and graphs[0] <= 4
 
 
 def is_tokens(x: object) -> bool:
