@@ -8,6 +8,7 @@ import copy
 import importlib
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -103,6 +104,17 @@ def test_batch_norm_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, buffer in model.named_buffers():
         torch.testing.assert_close(buffer, buffers[name], rtol=1e-3, atol=1e-4)
     assert ('batch_norm_kernels', 'backward') in launched
+
+
+def test_casts_ahead_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small_adapter().eval(), torch.randn(1, 3, 32, 64)
+    take_gpu_forms(monkeypatch)
+    steps = []
+    for _ in range(2):
+        with torch.autocast('cpu', torch.float16):
+            steps.append(training_step(model, x))
+        monkeypatch.setattr(type(model), '_cast_ahead', lambda self, x: nullcontext())
+    assert all(torch.equal(value, steps[1][name]) for name, value in steps[0].items())
 
 
 def randomize_norms(model: nn.Module) -> None:

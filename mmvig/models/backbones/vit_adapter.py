@@ -5,6 +5,7 @@ S tokens of the three levels of strides 8, 16 and 32, concatenated.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from mmvig.models.layers.embed import (
 )
 from mmvig.models.layers.interaction import Extractor, Injector, Interaction
 from mmvig.models.layers.kept import Kept, cast
+from mmvig.models.layers.linear import cast_ahead
 from mmvig.models.layers.norm import Stream, given_statistics, normalize_batch
 from mmvig.models.layers.spatial_prior import SpatialPriorModule, init_conv
 from mmvig.models.utils import ascending_indices
@@ -133,7 +135,8 @@ class ViTAdapter(BaseModule):
         dtype = torch.promote_types(maps[0].dtype, self.level_embed.dtype)
         c = concatenate([to_tokens(m) for m in maps], dtype)
         x, hw = self.trunk.embed(x)
-        c, tokens = self._interact(x, hw, c, pyramid)
+        with self._cast_ahead(x):
+            c, tokens = self._interact(x, hw, c, pyramid)
 
         # once; transposed conv, and convs behind the backbone, would do so
         c = c.sum(working_dtype(c.x))
@@ -182,6 +185,14 @@ class ViTAdapter(BaseModule):
             stream, x = self._run(part.extract, stream, pending, grid, pyramid)
             tokens.append(x)
         return stream, tokens
+
+    def _cast_ahead(self, x: Tensor) -> AbstractContextManager[None]:
+        """In training on a GPU: the casts that autocast would make one by one."""
+        dtype = working_dtype(x)
+        if form(x) != 'eager' or not torch.is_grad_enabled() or dtype == self.level_embed.dtype:
+            return nullcontext()
+        products = [p for interaction in self.interactions for p in interaction.products()]
+        return cast_ahead(products, dtype)
 
     def _run(self, function: Callable[..., Any], *args: Tensor | Stream | Levels) -> Any:
         if self.with_cp and torch.is_grad_enabled():

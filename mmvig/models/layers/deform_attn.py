@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmvig.kernels import ms_deform_attn, sampling_points
 from mmvig.models.layers.kept import is_capturing
-from mmvig.models.layers.linear import Linear, keep_joined, merged_linear
+from mmvig.models.layers.linear import Linear, Product, keep_joined, merged_linear
 
 # lists of sizes whose tables are kept; the largest of them are 8 bytes a token
 MAX_LEVELS = 64
@@ -144,12 +144,15 @@ class DeformableAttention(nn.Module):
         locations, weights = self._points(query, (grid.centers, levels.pixel))
         return ms_deform_attn(value, levels.spatial_shapes, levels.start_index, locations, weights)
 
+    def products(self) -> Product:
+        """Of the linears that are called as one, for `cast_ahead`."""
+        linears = (self.sampling_offsets, self.attention_weights)
+        return self._kept_points, [x.weight for x in linears], [x.bias for x in linears]
+
     def _points(self, query: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Locations (B, Q, H, L, P, 2) and weights (B, Q, H, L, P), in float32 at least."""
-        linears = (self.sampling_offsets, self.attention_weights)
-        offsets, logits = merged_linear(
-            query, [x.weight for x in linears], [x.bias for x in linears], self._kept_points
-        )
+        kept, weights, biases = self.products()
+        offsets, logits = merged_linear(query, weights, biases, kept)
         heads = (self.num_heads, self.num_levels, self.num_points)
         return sampling_points(offsets, logits, table, heads)
 

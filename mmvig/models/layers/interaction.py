@@ -11,7 +11,7 @@ from mmvig.kernels.dispatch import form, working_dtype
 from mmvig.models.layers.deform_attn import DeformableAttention, Levels
 from mmvig.models.layers.ffn import ConvFFN
 from mmvig.models.layers.kept import Kept
-from mmvig.models.layers.linear import Linear, merged_linear, multiply
+from mmvig.models.layers.linear import Linear, Product, merged_linear, multiply
 from mmvig.models.layers.norm import LayerNorm, Stream, draw_keep
 
 EPS = 1e-6
@@ -97,6 +97,15 @@ class Interaction(nn.Module):
         self.injector = injector
         self.extractor = extractor
         self.extra_extractors = nn.ModuleList(extra) if extra else None
+
+    def products(self) -> list[Product]:
+        """All whose weights can be cast ahead: not the injector's last, which gamma scales."""
+        scaled = self.injector.attn.output_proj
+        parts = {m: None for m in self.modules() if isinstance(m, (DeformableAttention, Linear))}
+        for attn in [m for m in parts if isinstance(m, DeformableAttention)]:
+            for linear in (attn.sampling_offsets, attn.attention_weights):
+                parts.pop(linear, None)
+        return [m.products() for m in parts if m is not scaled]
 
     def extract(self, c: Stream, x: Stream, grid: Levels, pyramid: Levels) -> tuple[Stream, Tensor]:
         """Runs the extractors in turn; arguments as of `Extractor.forward`, x is returned added."""

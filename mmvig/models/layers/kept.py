@@ -87,12 +87,16 @@ class Kept:
         make: A setting and parameters to a tuple of tensors, parameters themselves or new ones; a
             function that can be pickled.
         max_settings: Of how many settings the tensors are kept, those used last.
+
+    Attributes:
+        ahead: What `linear.cast_ahead` has made for the pass that is under way, or None.
     """
 
     def __init__(self, make: Callable[..., Tensors], max_settings: int = 2) -> None:
         self._make = make
         self._max_settings = max_settings
         self._made: OrderedDict[Hashable, Made] = OrderedDict()
+        self.ahead: Tensors | None = None
 
     def __call__(self, setting: Hashable, *params: Tensor) -> Tensors:
         """What the function returns; not differentiable where it was kept."""
@@ -118,7 +122,7 @@ class Kept:
         return Kept(self._make, self._max_settings)
 
     def __getstate__(self) -> dict:
-        return {**vars(self), '_made': OrderedDict()}
+        return {**vars(self), '_made': OrderedDict(), 'ahead': None}
 
 
 def _can_keep(params: Tensors) -> bool:

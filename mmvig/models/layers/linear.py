@@ -5,7 +5,8 @@ autocast, into one buffer, multiplies once, and in the backward gets the gradien
 float32 straight from products, where PyTorch rounds them, and those of biases from small kernels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -19,6 +20,11 @@ from mmvig.models.layers.kept import Kept
 WIDE_RESULTS = hasattr(torch.ops.aten.mm, 'dtype')
 
 
+# What one product is made of: where its cast weights go, weights, biases
+Product = tuple[Kept, Sequence[Tensor], Sequence[Tensor]]
+ALIGNMENT = 64  # numbers
+
+
 class Linear(nn.Linear):
     """`nn.Linear`, computed by `merged_linear`; in inference with weights that are cast once."""
 
@@ -30,6 +36,10 @@ class Linear(nn.Linear):
         """(..., in_features) to (..., out_features)."""
         biases = () if self.bias is None else (self.bias,)
         return merged_linear(x, [self.weight], biases, self._kept)[0]
+
+    def products(self) -> Product:
+        """For `cast_ahead`."""
+        return self._kept, [self.weight], [] if self.bias is None else [self.bias]
 
 
 def keep_joined(count: int) -> Kept:
@@ -63,11 +73,36 @@ def merged_linear(
         return out.split([w.shape[0] for w in weights], -1)
     dtype = working_dtype(x)
     if torch.is_grad_enabled():
-        outs = _MergedLinear.apply(x, len(weights), dtype, *weights, *biases)
+        ahead = () if kept is None or kept.ahead is None else kept.ahead
+        ahead = [t for t in ahead if t.dtype == dtype] + [None] * 2
+        outs = _MergedLinear.apply(x, len(weights), dtype, *ahead[:2], *weights, *biases)
         return [outs] if len(weights) == 1 else outs
     kept = kept or keep_joined(len(weights))
     out = multiply(x, *kept(dtype, *weights, *biases))
     return out.split([w.shape[0] for w in weights], -1)
+
+
+@contextmanager
+def cast_ahead(products: Sequence[Product], dtype: torch.dtype) -> Iterator[None]:
+    """Casts the weights and biases of many products by one call, for a forward pass inside."""
+    groups = [group for _, *parts in products for group in parts if group]
+    sizes = [sum(p.numel() for p in group) for group in groups]
+    places = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+    flat = torch.empty(sum(places), dtype=dtype, device=groups[0][0].device)
+    joined, parts = [], []
+    for place, size, group in zip(flat.split(places), sizes, groups, strict=True):
+        joined.append(place[:size].view(-1, *group[0].shape[1:]))
+        parts += joined[-1].split([p.shape[0] for p in group])
+    with torch.no_grad():
+        torch._foreach_copy_(parts, [p for group in groups for p in group])
+    left = iter(joined)
+    for kept, *parts in products:
+        kept.ahead = tuple(next(left) for group in parts if group)
+    try:
+        yield
+    finally:
+        for kept, *_ in products:
+            kept.ahead = None
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -123,12 +158,16 @@ class _MergedLinear(torch.autograd.Function):
         x: Tensor,
         count: int,
         dtype: torch.dtype,
+        weight: Tensor | None,
+        bias: Tensor | None,
         *params: Tensor,
     ) -> Tensor | tuple[Tensor, ...]:
+        """Weight and bias are the joined parameters in the dtype, where they were cast before."""
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        weight = _joined(params[:count], dtype)
+        weight = _joined(params[:count], dtype) if weight is None else weight
         if len(params) > count:
-            out = torch.addmm(_joined(params[count:], dtype), rows, weight.t())
+            bias = _joined(params[count:], dtype) if bias is None else bias
+            out = torch.addmm(bias, rows, weight.t())
         else:
             out = torch.mm(rows, weight.t())
         ctx.save_for_backward(rows, weight)
@@ -149,7 +188,7 @@ class _MergedLinear(torch.autograd.Function):
         dx = dweights = dbiases = None
         if ctx.needs_input_grad[0]:
             dx = torch.mm(grad, weight).view(shape)
-        if any(ctx.needs_input_grad[3:]):
+        if any(ctx.needs_input_grad[5:]):
             dweight = wide_product(grad.t(), rows, ctx.param_dtype)
             dweights = dweight.split(ctx.sizes)
             if ctx.has_bias:
@@ -160,4 +199,4 @@ class _MergedLinear(torch.autograd.Function):
         else:
             dweights = [None] * len(ctx.sizes)
             dbiases = dweights
-        return dx, None, None, *dweights, *((dbiases or ()) if ctx.has_bias else ())
+        return dx, None, None, None, None, *dweights, *((dbiases or ()) if ctx.has_bias else ())
