@@ -17,9 +17,9 @@ def stem_conv(
     """A 3x3 conv with stride 2 and padding 1; on request batch norm by given statistics, ReLU.
 
     On CUDA in half precision, for images of at most 3 channels that want no gradient, outside
-    `torch.compile` one kernel, where cuDNN's takes about ten times as long as the result takes to be
-    written; the gradient to the weights is cuDNN's. With a norm that is so without gradients; with them
-    PyTorch's batch norm follows.
+    `torch.compile` one kernel, where cuDNN's takes about ten times as long as the result takes to
+    be written; the gradient to the weights is cuDNN's. With a norm that is so without gradients;
+    with them PyTorch's batch norm follows.
 
     Args:
         x: (B, CIN, H, W), channels last in memory, else it is copied.
