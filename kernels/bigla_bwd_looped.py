@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmvig.kernels.bigla_fwd import scan_states, strides
+from mmvig.kernels.bigla_fwd_looped import scan_states, strides
 from mmvig.kernels.bigla_plan import Plan, make_plan
 from mmvig.kernels.bigla_tiles import (
     INTERPRETED,

@@ -126,6 +126,10 @@ DRAW: dict[str, tuple[str, Callable[[Random, torch.dtype, int], Inputs]]] = {
 }
 
 
+# Operators whose gradient to the weights is cuDNN's, in half precision.
+ROUNDED_TWICE = ('stem_conv',)
+
+
 @dataclass(frozen=True)
 class Case:
     """One row of the table."""
@@ -149,7 +153,8 @@ def cases(quick: bool) -> Iterator[Case]:
 def check(case: Case) -> tuple[list[float], float]:
     """Largest error of each column, and what is allowed; runs on the current CUDA device."""
     op, inputs = draw(case, 'cuda')
-    return compare(getattr(kernels, op), getattr(reference, op), inputs), TOLERANCE[case.dtype]
+    errors = compare(getattr(kernels, op), getattr(reference, op), inputs)
+    return errors, TOLERANCE[case.dtype] * (2 if op in ROUNDED_TWICE else 1)
 
 
 def draw(case: Case, device: str) -> tuple[str, list]:

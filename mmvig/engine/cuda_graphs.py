@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmvig.engine.training_graphs import SharedMemory, TrainingRecording, replay
 from mmvig.models.layers.deform_attn import cached_levels
+from mmvig.models.layers.kept import recording
 
 Maps = tuple[Tensor, ...]
 
@@ -189,11 +190,16 @@ class _Recording:
             with torch.cuda.stream(side):
                 function(self._input)
             torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode='thread_local'):
+            with (
+                recording() as self._kept,
+                torch.cuda.graph(self._graph, pool=pool, capture_error_mode='thread_local'),
+            ):
                 self._outputs = function(self._input)
         self._tables = cached_levels()  # the graph reads them, whether they stay cached or not
 
     def __call__(self, x: Tensor) -> Maps:
         self._input.copy_(x)
+        for made in self._kept:  # weights that were cast before the capture
+            made.refresh()
         self._graph.replay()
         return tuple(out.clone() for out in self._outputs)

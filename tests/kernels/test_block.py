@@ -274,7 +274,8 @@ def test_checkpointing_and_second_derivatives(what: str) -> None:
         strict=True,
     ):
         torch.testing.assert_close(x, y)
-    if 'given' in what:  # PyTorch's operators, where gradients are wanted
+    # PyTorch's operators, where gradients are wanted, or in float32
+    if 'given' in what or what == 'stem_conv':
         return
     out = function(*args)
     out = out[-1] if isinstance(out, tuple) else out
