@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -92,8 +93,6 @@ def test_verdict(result: tuple | str, right: bool, capsys: pytest.CaptureFixture
 
 def test_every_block_size_and_setting_of_bigla_is_checked() -> None:
     pytest.importorskip('triton')
-    from mmvig.kernels import bigla_bwd
-
     cases = list(bigla.cases(quick=False))
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         own = [c for c in cases if c.dtype == c.gate_dtype == dtype]
@@ -104,4 +103,16 @@ def test_every_block_size_and_setting_of_bigla_is_checked() -> None:
         assert min(gates) < -1 < max(gates)
         for n, _, chunks in bigla.settings(case):
             assert (chunks * bigla.MAX_CHUNK < n) == case.several
-    assert isinstance(bigla_bwd._right, dict)  # which `take_every_form` fills
+
+
+def test_every_form_of_biglas_backward_is_checked() -> None:
+    pytest.importorskip('triton')
+    from mmvig.kernels import bigla_bwd
+
+    forms = bigla_bwd.available_forms(torch.device('cuda'))
+    several = [c for c in bigla.cases(quick=True) if c.backward]
+    assert [(c.backward, c.several) for c in several] == list(product(forms, (True, False)))
+    assert all(c.dtype == c.gate_dtype == torch.bfloat16 for c in several)
+    assert {(c.key_dim, c.value_dim) for c in several} == {(32, 64)}
+    assert len({str(c) for c in several}) == len(several)
+    assert all(len(str(c)) < report.NAME_WIDTH for c in bigla.cases(quick=False))

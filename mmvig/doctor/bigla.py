@@ -22,7 +22,7 @@ class Case:
     """One row of the table.
 
     Sequences in several segments and in one have kernels of their own, which take as long to
-    compile again.
+    compile again. `backward` names the form of the backward where there is more than one.
     """
 
     dtype: torch.dtype
@@ -30,11 +30,14 @@ class Case:
     key_dim: int
     value_dim: int
     several: bool
+    backward: str = ''
 
     def __str__(self) -> str:
         gates = '' if self.gate_dtype == self.dtype else f', {_short(self.gate_dtype)} gates'
         segments = 'segments' if self.several else 'one segment'
-        return f'{_short(self.dtype)}{gates}, {self.key_dim} to {self.value_dim}, {segments}'
+        dims = f'{self.key_dim} to {self.value_dim}'
+        backward = f', {self.backward}' if self.backward else ''
+        return f'{_short(self.dtype)}{gates}, {dims}, {segments}{backward}'
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -44,8 +47,18 @@ def cases(quick: bool) -> Iterator[Case]:
             continue
         published = quick or gate_dtype != dtype
         for k, v in PUBLISHED_DIMS if published else distinct_dims(dtype):
-            for several in (True, False):
-                yield Case(dtype, gate_dtype, k, v, several)
+            for form in backward_forms(dtype, gate_dtype, k, v):
+                for several in (True, False):
+                    yield Case(dtype, gate_dtype, k, v, several, form)
+
+
+def backward_forms(dtype: torch.dtype, gate_dtype: torch.dtype, k: int, v: int) -> list[str]:
+    """Every form that the backward has here for such inputs; [''] where it has one only."""
+    from mmvig.kernels import bigla_bwd
+
+    own = bigla_bwd.DTYPE, bigla_bwd.DTYPE, bigla_bwd.KEY_DIM, bigla_bwd.VALUE_DIM
+    several = (dtype, gate_dtype, k, v) == own
+    return bigla_bwd.available_forms(torch.device('cuda')) if several else ['']
 
 
 def distinct_dims(dtype: torch.dtype) -> Iterator[tuple[int, int]]:
@@ -64,7 +77,8 @@ def distinct_dims(dtype: torch.dtype) -> Iterator[tuple[int, int]]:
 
 def check(case: Case) -> tuple[list[float], float]:
     """Largest error of each column, and what is allowed; runs on the current CUDA device."""
-    take_every_form()
+    if case.backward:
+        take_form(case.backward)
     worst: dict[str, float] = {}
     for n, gate, chunks in settings(case):
         args = bigla_trust.draw(
@@ -84,14 +98,16 @@ def settings(case: Case) -> list[tuple[int, float, int]]:
     return sorted({(n, gate, n) for n, gate, _ in bigla_trust.CASES})
 
 
-def take_every_form() -> None:
-    """Has the backward take its form by chunks unasked.
+def take_form(name: str) -> None:
+    """Has the backward take this form unasked; by segments, the forward its slower one, too.
 
-    Its own check would hide a form that is wrong behind the one that it falls back to.
+    Their own checks would hide a form that is wrong behind the one that they fall back to.
     """
-    from mmvig.kernels import bigla_bwd
+    from mmvig.kernels import bigla_bwd, bigla_fwd
 
-    bigla_bwd._right[torch.device('cuda', torch.cuda.current_device())] = True
+    device = torch.device('cuda', torch.cuda.current_device())
+    bigla_bwd.take_form(name, device)
+    bigla_fwd._right[device] = name != bigla_bwd.SEGMENTS
 
 
 def _short(dtype: torch.dtype) -> str:

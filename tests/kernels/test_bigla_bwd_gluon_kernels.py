@@ -1,0 +1,76 @@
+"""The backward of `bidirectional_gla` in Gluon against float64.
+
+On a GPU that has it, or its source on the CPU in float32, by `gluon_emulator.py`;
+`test_bigla_bwd.py` runs this file so, under Triton's interpreter, which does the scan and the exact
+form.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from .gluon_emulator import emulated
+from .test_bigla_bwd_kernels import assert_close
+from .test_bigla_kernels import GPU, expect, make_inputs
+from .test_bigla_kernels import _poison as _poison  # a fixture
+
+from mmvig.kernels import bigla_bwd  # isort: skip
+
+if GPU:
+    if not bigla_bwd._has_gluon(torch.device('cuda')):
+        pytest.skip('needs Hopper and the Gluon of Triton 3.6', allow_module_level=True)
+    from mmvig.kernels import bigla_bwd_gluon
+else:
+    PARTS = ('mmvig.kernels.bigla_bwd_gluon_states', 'mmvig.kernels.bigla_bwd_gluon')
+    bigla_bwd_gluon = emulated(*PARTS)[1]
+DTYPE = torch.bfloat16 if GPU else torch.float32
+KEY, VALUE = 32, 64
+
+
+def run(inputs: list[Tensor], chunks: int | None = None) -> list[Tensor]:
+    """The five gradients."""
+    return list(bigla_bwd_gluon.backward_in_gluon(*inputs, KEY**-0.5, chunks))
+
+
+def check(inputs: list[Tensor], chunks: int | None = None) -> None:
+    assert_close(run(inputs, chunks), expect(inputs)[1:], DTYPE)
+
+
+@pytest.mark.parametrize('tokens', [1, 64, 65, *((200, 1000, 4200) if GPU else ())])
+def test_matches_the_definition(tokens: int) -> None:
+    check(make_inputs((1, tokens, 2, KEY), VALUE, 'network', DTYPE))
+
+
+@pytest.mark.parametrize('chunks', [1, 2, 100])
+def test_any_segment_length(chunks: int) -> None:
+    check(make_inputs((2, 200, 1, KEY), VALUE, 'network', DTYPE), chunks)
+
+
+@pytest.mark.parametrize('chunks', [1, 2, 100])
+def test_strong_gates_after_weak_ones(chunks: int) -> None:
+    """The exact form takes the segments that need it, and no other."""
+    inputs = make_inputs((1, 130, 1, KEY), VALUE, 'network', DTYPE)
+    for gate in inputs[3:5]:
+        gate[:, 64:100] = -3.0
+    check(inputs, chunks)
+
+
+@pytest.mark.parametrize('chunks', [1, 100])
+def test_views_of_one_projection(chunks: int) -> None:
+    """Rows that are not contiguous, and alternate with others."""
+    inputs = make_inputs((2, 70, 2, KEY), VALUE, 'network', DTYPE)
+    wide = torch.cat([x.flatten(2) for x in inputs], -1)
+    views = wide.split([2 * x.shape[-1] for x in inputs], -1)
+    check([x.unflatten(-1, (2, -1)) for x in views], chunks)
+
+
+def test_same_bits_every_time() -> None:
+    inputs = make_inputs((1, 75, 2, KEY), VALUE, 'network', DTYPE)
+    for x, y in zip(run(inputs, 1), run(inputs, 1), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_gradients_are_contiguous_and_in_the_dtypes_of_their_tensors() -> None:
+    inputs = make_inputs((1, 66, 1, KEY), VALUE, 'zero', DTYPE)
+    for x, y in zip(run(inputs), inputs, strict=False):
+        assert x.is_contiguous() and x.shape == y.shape and x.dtype == y.dtype
