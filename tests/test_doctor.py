@@ -109,7 +109,7 @@ def test_every_form_of_biglas_backward_is_checked() -> None:
     pytest.importorskip('triton')
     from mmvig.kernels import bigla_bwd
 
-    forms = bigla_bwd.available_forms(torch.device('cuda'))
+    forms = [*bigla_bwd.FORMS.available(torch.device('cuda')), bigla.GENERAL]
     several = [c for c in bigla.cases(quick=True) if c.backward]
     assert [(c.backward, c.several) for c in several] == list(product(forms, (True, False)))
     assert all(c.dtype == c.gate_dtype == torch.bfloat16 for c in several)

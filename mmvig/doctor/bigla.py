@@ -13,6 +13,7 @@ COLUMNS = bigla_trust.NAMES
 KEY_DIMS = (128, 64, 32, 16)
 VALUE_DIMS = (128, 96, 64, 32)
 PUBLISHED_DIMS = ((32, 64), (16, 32))
+GENERAL = 'by segments'  # the backward's form that takes all inputs
 MAX_CHUNK = 64  # tokens; smaller where a program could not hold more
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -54,11 +55,12 @@ def cases(quick: bool) -> Iterator[Case]:
 
 def backward_forms(dtype: torch.dtype, gate_dtype: torch.dtype, k: int, v: int) -> list[str]:
     """Every form that the backward has here for such inputs; [''] where it has one only."""
-    from mmvig.kernels import bigla_bwd
+    from mmvig.kernels import bigla_bwd, bigla_forms
 
-    own = bigla_bwd.DTYPE, bigla_bwd.DTYPE, bigla_bwd.KEY_DIM, bigla_bwd.VALUE_DIM
-    several = (dtype, gate_dtype, k, v) == own
-    return bigla_bwd.available_forms(torch.device('cuda')) if several else ['']
+    own = bigla_forms.DTYPE, bigla_forms.DTYPE, bigla_forms.KEY_DIM, bigla_forms.VALUE_DIM
+    if (dtype, gate_dtype, k, v) != own:
+        return ['']
+    return [*bigla_bwd.FORMS.available(torch.device('cuda')), GENERAL]
 
 
 def distinct_dims(dtype: torch.dtype) -> Iterator[tuple[int, int]]:
@@ -99,15 +101,16 @@ def settings(case: Case) -> list[tuple[int, float, int]]:
 
 
 def take_form(name: str) -> None:
-    """Has the backward take this form unasked; by segments, the forward its slower one, too.
+    """Has the backward take this form unasked; by segments, the forward its general one, too.
 
     Their own checks would hide a form that is wrong behind the one that they fall back to.
     """
     from mmvig.kernels import bigla_bwd, bigla_fwd
 
     device = torch.device('cuda', torch.cuda.current_device())
-    bigla_bwd.take_form(name, device)
-    bigla_fwd._right[device] = name != bigla_bwd.SEGMENTS
+    bigla_bwd.FORMS.take(name, device)
+    (fast,) = bigla_fwd.FORMS.available(device)
+    bigla_fwd.FORMS.take(None if name == GENERAL else fast, device)
 
 
 def _short(dtype: torch.dtype) -> str:

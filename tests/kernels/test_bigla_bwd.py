@@ -1,8 +1,9 @@
-"""The backward of `bidirectional_gla`: which of its forms a call takes, and the kernels."""
+"""The backward of `bidirectional_gla`: its three forms."""
 
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ if importlib.util.find_spec('triton') is None:
     pytest.skip('needs Triton', allow_module_level=True)
 
 from mmvig.kernels import bigla_bwd, bigla_chunked
-from mmvig.kernels.bigla_bwd import Form
+from mmvig.kernels.bigla_forms import Forms
 
 CUDA = torch.device('cuda', 0)  # of the fakes, which are not launched
 
@@ -40,78 +41,6 @@ def make_inputs(device: str = 'cpu', tokens: int = 40) -> list[Tensor]:
     xs = [torch.randn(1, tokens, 2, d, device=device) for d in (32, 32, 64, 32, 32, 64)]
     xs[3:5] = (-0.05 * x.abs() for x in xs[3:5])
     return [x.bfloat16() for x in xs]
-
-
-def test_takes_what_was_compared() -> None:
-    assert bigla_bwd._fits(*make_inputs())
-
-
-@pytest.mark.parametrize('i', range(6))
-def test_leaves_other_dtypes_and_strides(i: int) -> None:
-    inputs = make_inputs()
-    changed = inputs[i].float(), torch.cat([inputs[i], inputs[i][..., :8]], -1)[..., :-8]
-    for x in changed:
-        assert not bigla_bwd._fits(*inputs[:i], x, *inputs[i + 1 :])
-
-
-def test_leaves_other_dims() -> None:
-    q, k, v, gf, gb, do = make_inputs()
-    assert not bigla_bwd._fits(q, k, v[..., :32].contiguous(), gf, gb, do[..., :32].contiguous())
-    assert not bigla_bwd._fits(*(x[..., :16].contiguous() for x in (q, k)), v, gf, gb, do)
-
-
-@pytest.fixture
-def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Forms that are not available, wrong, right and right, none checked; the checks that ran."""
-    names = []
-
-    def find_fault(form: Form, device: torch.device) -> str | None:
-        names.append(form.name)
-        return 'it was told to fail' if form.name == 'wrong' else None
-
-    forms = tuple(
-        Form(name, lambda device, name=name: name != 'missing', lambda *args, chunks: ())
-        for name in ('missing', 'wrong', 'right', 'slower')
-    )
-    monkeypatch.setattr(bigla_bwd, 'FORMS', forms)
-    monkeypatch.setattr(bigla_bwd, '_right', {})
-    monkeypatch.setattr(bigla_bwd, 'find_fault', find_fault)
-    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
-    return names
-
-
-def taken() -> str | None:
-    """The name of the form that a call would take; None is the one by segments."""
-    form = bigla_bwd._fastest(CUDA)
-    return form.name if form else None
-
-
-def test_takes_the_fastest_form_that_is_right(checked: list[str]) -> None:
-    with pytest.warns(RuntimeWarning, match='backward wrong is wrong .*told to fail') as record:
-        assert [taken() for _ in range(3)] == ['right'] * 3
-    assert len(record) == 1  # and none of what is missing
-    assert checked == ['wrong', 'right']
-
-
-def test_a_captured_graph_takes_what_was_checked_before(
-    checked: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
-    assert taken() is None
-    bigla_bwd._right['slower', CUDA] = True
-    assert taken() == 'slower'
-    assert not checked
-    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
-    with pytest.warns(RuntimeWarning):
-        assert taken() == 'right'
-
-
-@pytest.mark.parametrize('name', ['wrong', 'slower', bigla_bwd.SEGMENTS])
-def test_takes_the_form_that_it_is_told_to(name: str, checked: list[str]) -> None:
-    assert bigla_bwd.available_forms(CUDA) == ['wrong', 'right', 'slower', bigla_bwd.SEGMENTS]
-    bigla_bwd.take_form(name, CUDA)
-    assert taken() == (None if name == bigla_bwd.SEGMENTS else name)
-    assert not checked
 
 
 @pytest.mark.parametrize(
@@ -143,21 +72,26 @@ def test_a_triton_without_gluon_is_no_error(monkeypatch: pytest.MonkeyPatch) -> 
     assert bigla_bwd._gluon_launcher.__wrapped__() is None
 
 
+@pytest.fixture
+def checked_anew() -> Iterator[None]:
+    """Forms that a test chose, or had fail, are forgotten after it."""
+    yield
+    bigla_bwd.FORMS.forget()
+
+
 # From here on: on a GPU.
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('tokens', [1, 200, 1500])
-def test_every_form_is_right_and_gives_the_same_bits_twice(
-    tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bigla_bwd, '_right', {})
+def test_every_form_is_right_and_gives_the_same_bits_twice(tokens: int, checked_anew: None) -> None:
     inputs = make_inputs('cuda', tokens)
+    device = inputs[0].device
     *args, do = (x.cpu().double() for x in inputs)
     args = [x.requires_grad_() for x in args]
     expected = torch.autograd.grad(bigla_chunked.bidirectional_gla(*args), args, do)
-    for name in bigla_bwd.available_forms(inputs[0].device):
-        bigla_bwd.take_form(name, inputs[0].device)
+    for name in (*bigla_bwd.FORMS.available(device), None):
+        bigla_bwd.FORMS.take(name, device)
         found, again = (bigla_bwd.backward(*inputs, 32**-0.5) for _ in range(2))
         for x, y, z in zip(found, again, expected, strict=True):
             assert torch.equal(x, y), name
@@ -168,14 +102,14 @@ def test_every_form_is_right_and_gives_the_same_bits_twice(
 
 @pytest.mark.gpu
 def test_falls_back_to_the_slowest_form_with_a_warning_each(
-    monkeypatch: pytest.MonkeyPatch,
+    checked_anew: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = make_inputs('cuda', 300)
     expected = bigla_bwd.backward(*inputs, 0.2)
-    monkeypatch.setattr(bigla_bwd, '_right', {})
-    monkeypatch.setattr(bigla_bwd, 'find_fault', lambda form, device: 'it was told to fail')
+    bigla_bwd.FORMS.forget()
+    monkeypatch.setattr(Forms, 'find_fault', lambda *args: 'it was told to fail')
     with pytest.warns(RuntimeWarning, match='it was told to fail') as record:
         actual = [bigla_bwd.backward(*inputs, 0.2) for _ in range(2)][0]
-    assert len(record) == len(bigla_bwd.available_forms(inputs[0].device)) - 1
+    assert len(record) == len(bigla_bwd.FORMS.available(inputs[0].device))
     for x, y in zip(actual, expected, strict=True):
         assert ((x - y).float().norm() / y.float().norm()).item() < 1.5e-2

@@ -1,4 +1,4 @@
-"""The forward of `bidirectional_gla`: which of its two forms a call takes, and the faster one."""
+"""The forward of `bidirectional_gla`: its two forms."""
 
 import importlib.util
 from pathlib import Path
@@ -13,6 +13,7 @@ if importlib.util.find_spec('triton') is None:
     pytest.skip('needs Triton', allow_module_level=True)
 
 from mmvig.kernels import bigla_fwd
+from mmvig.kernels.bigla_forms import Forms
 
 
 def test_kernels_under_the_interpreter() -> None:
@@ -27,41 +28,32 @@ def make_inputs(device: str = 'cpu', tokens: int = 40) -> list[Tensor]:
     return [x.bfloat16() for x in xs]
 
 
-def test_takes_what_was_compared() -> None:
-    assert bigla_fwd._fits(*make_inputs(), 0.2)
-
-
-@pytest.mark.parametrize('i', range(5))
-def test_leaves_other_dtypes_and_strides(i: int) -> None:
-    inputs = make_inputs()
-    changed = inputs[i].float(), torch.cat([inputs[i], inputs[i][..., :8]], -1)[..., :-8]
-    for x in changed:
-        assert not bigla_fwd._fits(*inputs[:i], x, *inputs[i + 1 :], 0.2)
-
-
-def test_leaves_other_dims() -> None:
-    q, k, v, gf, gb = make_inputs()
-    assert not bigla_fwd._fits(q, k, v[..., :32].contiguous(), gf, gb, 0.2)
-    assert not bigla_fwd._fits(*(x[..., :16].contiguous() for x in (q, k)), v, gf, gb, 0.2)
-
-
-@pytest.mark.parametrize('scale', [0.0, -0.2, 1e-9, 1e9, float('nan')])
-def test_leaves_scales_without_a_logarithm(scale: float) -> None:
-    assert not bigla_fwd._fits(*make_inputs(), scale)
+# From here on: on a GPU.
 
 
 @pytest.mark.gpu
-def test_falls_back_to_the_other_form_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_falls_back_to_the_general_form_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs('cuda', 300)
     expected = bigla_fwd.forward(*inputs, 0.2)
-    monkeypatch.setattr(bigla_fwd, '_right', {})
-    monkeypatch.setattr(bigla_fwd, 'find_fault', lambda device: 'it was told to fail')
+    bigla_fwd.FORMS.forget()
+    monkeypatch.setattr(Forms, 'find_fault', lambda *args: 'it was told to fail')
     with pytest.warns(RuntimeWarning, match='it was told to fail') as record:
         actual = [bigla_fwd.forward(*inputs, 0.2) for _ in range(2)][0]
+    bigla_fwd.FORMS.forget()
     assert len(record) == 1
     assert ((actual - expected).float().norm() / expected.float().norm()).item() < 1.5e-2
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize('scale', [0.0, -0.2, 1e-9, 1e9])
+def test_takes_scales_without_a_logarithm(scale: float) -> None:
+    inputs = make_inputs('cuda', 100)
+    actual = bigla_fwd.forward(*inputs, scale).float()
+    expected = scale * bigla_fwd.forward(*inputs, 1.0).float()
+    assert ((actual - expected).norm() <= 1.5e-2 * expected.norm()).item()
+
+
+@pytest.mark.gpu
 def test_the_faster_form_is_right_here() -> None:
-    assert bigla_fwd.find_fault(torch.device('cuda')) is None
+    forms = bigla_fwd.FORMS
+    assert all(forms.find_fault(form, torch.device('cuda')) is None for form in forms)
