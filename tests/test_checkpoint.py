@@ -8,7 +8,7 @@ import torch
 from mmengine.logging import MMLogger
 
 from mmvig.checkpoint import fit_state_dict, guess_arch, load_pretrained
-from mmvig.models import TimmViT, ViG, ViGH
+from mmvig.models import TimmViT, ViG, ViGH, ViTAdapter
 from tests import parity
 from tests.models.test_vig import SMALL, small_vig
 from tests.models.test_vig_h import small_vig_h
@@ -127,6 +127,15 @@ def test_official_names_fit_strictly_and_tell_their_arch(family: str, arch: str)
     assert not fitted.resized
     type_ = 'ViG' if family == 'vig' else 'ViGH'
     assert str(guess_arch({k: tuple(v.shape) for k, v in official.items()})) == f'{type_} {arch}'
+
+
+def test_a_trunk_that_lacks_one_tensor_is_not_said_to_be_another(tmp_path: Path) -> None:
+    state = ViG('tiny').state_dict()
+    del state['blocks.0.attn.gk_proj.1.bias']
+    adapter = ViTAdapter(trunk=dict(type='ViG', arch='tiny'))
+    message = r'missing: trunk\.blocks\.0\.attn\.gk_proj\.1\.bias; all else fits$'
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(adapter, save(state, tmp_path))
 
 
 @parity.needs_parity

@@ -82,7 +82,8 @@ def load_weights(
     except ValueError as error:
         wanted = _name(shapes, backbone)
         found = str(guess_arch(_shapes(state_dict)) or 'none of the networks here')
-        guess = 'all else fits' if found == wanted else f'it looks like {found}'
+        fits = wanted in (found, f'{found} in ViTAdapter')  # a file of the trunk alone will do
+        guess = 'all else fits' if fits else f'it looks like {found}'
         raise ValueError(f'{source} does not fit {wanted}: {error}; {guess}') from None
     if broken := [k for k, v in fitted.tensors.items() if not v.isfinite().all()]:
         raise ValueError(f'{source} holds NaN or infinity: {first(broken)}')
