@@ -16,9 +16,16 @@ from torch import Tensor
 
 from mmvig.kernels.bigla_bwd_looped import grad_kernel
 from mmvig.kernels.bigla_bwd_states import entering_pair, local_states_kernel
-from mmvig.kernels.bigla_fwd_looped import scan_states, strides
 from mmvig.kernels.bigla_plan import make_plan
-from mmvig.kernels.bigla_tiles import LOG2E, load_tile, store_tile, sum_gates, sum_tokens
+from mmvig.kernels.bigla_tiles import (
+    LOG2E,
+    load_tile,
+    scan_states,
+    store_tile,
+    strides,
+    sum_gates,
+    sum_tokens,
+)
 from mmvig.kernels.grid import multiprocessors
 
 # Chunks of a segment, and of a sequence that is left in one piece.

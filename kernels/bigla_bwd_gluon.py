@@ -24,8 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mmvig.kernels.bigla_bwd_chunks import segment_length
 from mmvig.kernels.bigla_bwd_gluon_states import states_kernel
 from mmvig.kernels.bigla_bwd_looped import grad_kernel
-from mmvig.kernels.bigla_fwd_looped import scan_states, strides
 from mmvig.kernels.bigla_plan import make_plan
+from mmvig.kernels.bigla_tiles import scan_states, strides
 from mmvig.kernels.grid import ceil_div, multiprocessors
 
 LOG2E = gl.constexpr(1.4426950408889634)

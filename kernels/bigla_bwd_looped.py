@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmvig.kernels.bigla_fwd_looped import scan_states, strides
 from mmvig.kernels.bigla_plan import Plan, make_plan
 from mmvig.kernels.bigla_tiles import (
     INTERPRETED,
@@ -25,9 +24,11 @@ from mmvig.kernels.bigla_tiles import (
     load_tile,
     reduce_segment,
     scan_gates,
+    scan_states,
     store_state,
     store_states,
     store_tile,
+    strides,
     sum_gates,
     sum_tokens,
 )

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmvig.kernels.bigla_fwd_looped import exact_scores, strides
+from mmvig.kernels.bigla_fwd_looped import exact_scores
 from mmvig.kernels.bigla_fwd_tiles import (
     decayed,
     get,
@@ -29,7 +29,7 @@ from mmvig.kernels.bigla_fwd_tiles import (
     table,
 )
 from mmvig.kernels.bigla_plan import make_plan
-from mmvig.kernels.bigla_tiles import half_gates, scan_gates, sum_gates
+from mmvig.kernels.bigla_tiles import half_gates, scan_gates, strides, sum_gates
 from mmvig.kernels.grid import multiprocessors
 
 # Segments with a chunk that decays by more bits take the exact form.

@@ -19,10 +19,11 @@ from mmvig.kernels.bigla_tiles import (
     load_tile,
     reduce_segment,
     scan_gates,
-    scan_states_kernel,
+    scan_states,
     store_state,
     store_states,
     store_tile,
+    strides,
     sum_gates,
 )
 
@@ -220,11 +221,6 @@ def output_kernel(
         store_tile(p_o + t * H * V, o * scale, H * V, n, V - v0, C, BV, mask_v)
 
 
-def strides(*tensors: Tensor) -> list[int]:
-    """Batch, token and head strides of (B, N, H, D) tensors, in the order of the kernels."""
-    return [s for x in tensors for s in x.stride()[:3]]
-
-
 def forward_looped(
     q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float, plan: Plan | None = None
 ) -> Tensor:
@@ -254,12 +250,3 @@ def forward_looped(
             **(p.exact if exact else p.output),
         )  # fmt: skip
     return o
-
-
-def scan_states(states: Tensor, decays: Tensor) -> None:
-    """Launches `scan_states_kernel` over (flow, B*H, segment, V, K) states, in place."""
-    flows, heads, n_segments, dv, dk = states.shape
-    block = 128
-    scan_states_kernel[triton.cdiv(dk * dv, block), flows, heads](
-        states, decays, n_segments, heads, dk, dv, BLOCK=block, num_warps=1
-    )

@@ -18,6 +18,7 @@ import os
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # The interpreter has no products of bfloat16.
 INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
@@ -231,3 +232,17 @@ def scan_states_kernel(
         decay = tl.load(p_decays + segment * K + e % K, mask=mask, other=0.0)
         tl.store(p, state, mask=mask)
         state = state * tl.exp2(decay) + added
+
+
+def scan_states(states: Tensor, decays: Tensor) -> None:
+    """Launches `scan_states_kernel` over (flow, B*H, segment, V, K) states, in place."""
+    flows, heads, n_segments, dv, dk = states.shape
+    block = 128
+    scan_states_kernel[triton.cdiv(dk * dv, block), flows, heads](
+        states, decays, n_segments, heads, dk, dv, BLOCK=block, num_warps=1
+    )
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Batch, token and head strides of (B, N, H, D) tensors, in the order of the kernels."""
+    return [s for x in tensors for s in x.stride()[:3]]

@@ -101,29 +101,21 @@ def search_fault(
     in a thread of its own, where no mode of the caller's holds: a compiled graph watches the
     operators of its first call, inference knows no gradients, autocast casts.
     """
-    with ThreadPoolExecutor(1) as thread:
-        args = (measure_errors, device, dtype, gate_dtype, dk, dv)
-        return thread.submit(_search_fault, *args).result()
 
-
-def _search_fault(
-    measure_errors: Callable[[list[Tensor], int], dict[str, float]],
-    device: torch.device,
-    dtype: torch.dtype,
-    gate_dtype: torch.dtype,
-    dk: int,
-    dv: int,
-) -> str | None:
-    try:
+    def search() -> str | None:
         with torch.cuda.device(device if device.type == 'cuda' else -1):
             for n, gate, chunks in CASES:
                 args = draw(1, n, 2, dk, dv, gate, dtype, gate_dtype, device)
                 for name, error in measure_errors(args, chunks).items():
                     if not error <= TOLERANCE[dtype]:
                         return f'error {error:.1e} of {name} at {n} tokens and log gates of {gate}'
-    except Exception as e:  # a compiler may fail in many ways, and none may stop the training
-        return f'{type(e).__name__}: {str(e)[:200]}'
-    return None
+        return None
+
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            return thread.submit(search).result()
+        except Exception as e:  # a compiler may fail in many ways, and none may stop the training
+            return f'{type(e).__name__}: {str(e)[:200]}'
 
 
 def draw(

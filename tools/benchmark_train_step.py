@@ -23,6 +23,7 @@ from mmengine.config import Config, DictAction
 from mmengine.hooks import Hook
 from mmengine.hub import get_config
 from mmengine.runner import Runner
+from short_runs import innermost_dataset, leave_no_trace, take_bfloat16
 from torch.profiler import ProfilerActivity, profile
 
 PART_STEPS = 5  # of each instrumented pass
@@ -94,32 +95,16 @@ def load_config(args: argparse.Namespace, name: str) -> Config:
     )
     if args.data_root:
         innermost_dataset(cfg).data_root = args.data_root
-    if cfg.model.backbone.get('init_cfg'):
-        cfg.model.backbone.init_cfg = None
-    if torch.cuda.is_available():
-        # bfloat16 has float32's range and needs no loss scale
-        cfg.optim_wrapper.update(
-            type='AmpOptimWrapper', dtype='bfloat16', loss_scale=dict(enabled=False)
-        )
+    take_bfloat16(cfg)
     if args.cuda_graph:
         cli.add_hook(cfg, type='CudaGraphHook', training=True, max_graphs=32)
     for stage in ('val', 'test'):
         for key in ('dataloader', 'evaluator', 'cfg'):
             cfg[f'{stage}_{key}'] = None
     cfg.param_scheduler = [dict(type='LinearLR', start_factor=1e-3, by_epoch=False, end=500)]
-    cfg.default_hooks = dict(logger=dict(type='LoggerHook', interval=10**6), checkpoint=None)
-    cfg.log_processor = dict(type='LogProcessor', by_epoch=False)
-    cfg.log_level = 'WARNING'
+    leave_no_trace(cfg)
     cfg.merge_from_dict(args.cfg_options or {})
     return cfg
-
-
-def innermost_dataset(cfg: Config) -> Any:
-    """The settings of the training data inside wrappers such as RepeatDataset."""
-    dataset = cfg.train_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    return dataset
 
 
 def use_our_heads(cfg: Config) -> None:

@@ -28,9 +28,10 @@ from typing import Any
 
 import cli
 import torch
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, DictAction
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from short_runs import innermost_dataset, leave_no_trace, take_bfloat16
 
 from mmvig.datasets import check_data
 
@@ -98,14 +99,6 @@ def load(args: argparse.Namespace, name: str) -> Config:
     return cfg
 
 
-def innermost_dataset(cfg: Config, stage: str) -> ConfigDict:
-    """The settings of the data inside wrappers such as RepeatDataset."""
-    dataset = cfg[f'{stage}_dataloader'].dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    return dataset
-
-
 def use_coco(cfg: Config, root: str) -> None:
     """Has a detector train and evaluate on a folder in COCO's layout, by its own pipelines."""
     for stage in ('train', 'val'):
@@ -156,17 +149,12 @@ def shorten(cfg: Config, iterations: int, float32: bool) -> None:
         loader.update(num_workers=2, persistent_workers=True)
     wrapper = cfg.optim_wrapper
     wrapper.update(type='OptimWrapper', optimizer=dict(type='AdamW', lr=2e-4, weight_decay=0.05))
-    if torch.cuda.is_available() and not float32:
-        # bfloat16 has float32's range and needs no loss scale
-        wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=dict(enabled=False))
+    if not float32:
+        take_bfloat16(cfg)
     cfg.param_scheduler = [dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=WARM_UP)]
-    cfg.default_hooks = dict(logger=dict(type='LoggerHook', interval=10**6), checkpoint=None)
-    cfg.log_processor = dict(type='LogProcessor', by_epoch=False)
-    cfg.log_level = 'WARNING'
+    leave_no_trace(cfg)
     cfg.env_cfg.cudnn_benchmark = False
     cfg.load_from, cfg.resume, cfg.launcher = None, False, 'none'
-    if cfg.model.backbone.get('init_cfg'):
-        cfg.model.backbone.init_cfg = None
 
 
 class Recorder(Hook):

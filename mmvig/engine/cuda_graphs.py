@@ -5,12 +5,13 @@ from collections.abc import Callable, Hashable
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmvig.engine.capture import ready_to_capture, run_beside
 from mmvig.engine.training_graphs import SharedMemory, TrainingRecording, replay
 from mmvig.models.layers.deform_attn import cached_levels
 from mmvig.models.layers.kept import recording
+from mmvig.models.layers.norm import synchronizes
 
 Maps = tuple[Tensor, ...]
 
@@ -126,7 +127,7 @@ class CudaGraphs:
             and self._module.training
             and not x.requires_grad
             and not self._memory.is_in_use()
-            and not _synchronizes(self._module)
+            and not any(synchronizes(part) for part in self._module.modules())
         )
 
     def _key(self, x: Tensor) -> Hashable:
@@ -165,31 +166,14 @@ def _refuse_recomputation(module: nn.Module) -> None:
             )
 
 
-def _synchronizes(module: nn.Module) -> bool:
-    """Whether batch norm waits for other processes."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return False
-    return any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
-
-
 class _Recording:
     """One graph, with the memory that it reads and writes."""
 
     def __init__(self, function: Callable[[Tensor], Maps], x: Tensor, pool: object) -> None:
         self._input = x.clone()
-        enabled, dtype = torch.is_autocast_enabled('cuda'), torch.get_autocast_dtype('cuda')
         self._graph = torch.cuda.CUDAGraph()
-        # Autocast keeps cast weights until it ends; they must not come from elsewhere into the
-        # graph, where they would outlive it, nor go from the graph, which only records, elsewhere.
-        with (
-            torch.cuda.device(x.device),
-            torch.autocast('cuda', dtype, enabled, cache_enabled=False),
-        ):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                function(self._input)
-            torch.cuda.current_stream().wait_stream(side)
+        with ready_to_capture(x.device):
+            run_beside(lambda: function(self._input))
             with (
                 recording() as self._kept,
                 torch.cuda.graph(self._graph, pool=pool, capture_error_mode='thread_local'),

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 
+from mmvig.engine.capture import ready_to_capture, run_beside
+from mmvig.models.layers.deform_attn import cached_levels
+
 Maps = tuple[Tensor, ...]
 Function = torch.autograd.function.FunctionCtx
 
@@ -96,16 +99,11 @@ class TrainingRecording:
         self._input.copy_(x)
         self._grads = memory.flat_like('gradients of parameters', self.params)
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        enabled, dtype = torch.is_autocast_enabled('cuda'), torch.get_autocast_dtype('cuda')
-        with (
-            torch.cuda.device(x.device),
-            # as in `cuda_graphs._Recording`: no cast weights from or for elsewhere
-            torch.autocast('cuda', dtype, enabled, cache_enabled=False),
-            # a capture sees what its own thread launches
-            torch.autograd.set_multithreading_enabled(False),
-        ):
+        # a capture sees what its own thread launches
+        with ready_to_capture(x.device), torch.autograd.set_multithreading_enabled(False):
             _warm_up(_Aliased(function, module), self._input, list(module.buffers()))
             self._capture(_Aliased(function, module))
+        self._tables = cached_levels()  # the graphs read them, whether they stay cached or not
 
     def _capture(self, step: '_Aliased') -> None:
         settings = dict(pool=self.memory.pool, capture_error_mode='thread_local')
@@ -168,12 +166,12 @@ class _Caller(nn.Module):
 def _warm_up(step: _Aliased, x: Tensor, buffers: list[Tensor]) -> None:
     """Runs both passes once beside the current stream; leaves buffers as they were."""
     before = [b.clone() for b in buffers]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+
+    def both_passes() -> None:
         outs = step.forward(x)
         step.backward(outs, [torch.zeros_like(out) for out in outs])
-    torch.cuda.current_stream().wait_stream(side)
+
+    run_beside(both_passes)
     with torch.no_grad():
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmvig.engine import CudaGraphHook, CudaGraphs, use_cuda_graphs
+from mmvig.engine.cuda_graphs import _Recording
 from mmvig.models import ViTAdapter
 from tests.models.test_vit_adapter import small_adapter
 
@@ -136,6 +137,20 @@ def test_the_hook_finds_the_backbone_and_a_model_without_one_is_refused() -> Non
     model.backbone = Doubled()
     CudaGraphHook(max_graphs=3).before_run(runner)
     assert model.backbone._compiled_call_impl.max_graphs == 3
+
+
+def test_kept_weights_are_made_anew_before_a_replay() -> None:
+    class Noted:
+        def __init__(self, call: str) -> None:
+            setattr(self, call, lambda: calls.append(call))
+
+    calls = []
+    recording = object.__new__(_Recording)
+    recording._input, recording._outputs = torch.zeros(2), (torch.ones(2),)
+    recording._kept, recording._graph = [Noted('refresh')], Noted('replay')
+    recording(torch.ones(2))
+    assert calls == ['refresh', 'replay']
+    assert torch.equal(recording._input, torch.ones(2))
 
 
 @pytest.mark.gpu

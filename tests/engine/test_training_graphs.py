@@ -1,14 +1,18 @@
 """CUDA graphs of training steps: which calls replay one, and that replaying changes nothing."""
 
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmvig.engine import CudaGraphs, use_cuda_graphs
-from mmvig.engine.training_graphs import SharedMemory, _Aliased, replay
+from mmvig.engine import CudaGraphs, cuda_graphs, training_graphs, use_cuda_graphs
+from mmvig.engine.training_graphs import SharedMemory, TrainingRecording, _Aliased
+from mmvig.models.layers.deform_attn import MAX_LEVELS, make_levels
 from tests.models.test_vig import small_vig
 from tests.models.test_vig_h import small_vig_h
 from tests.models.test_vit_adapter import small_adapter
@@ -31,7 +35,9 @@ class Net(nn.Module):
 class FakeRecording:
     """What a recording does, by calls of the module."""
 
-    def __init__(self, module: nn.Module, memory: SharedMemory) -> None:
+    def __init__(
+        self, function: Callable, x: Tensor, module: nn.Module, memory: SharedMemory
+    ) -> None:
         self.module, self.memory = module, memory
         self.params = [p for p in module.parameters() if p.requires_grad]
 
@@ -53,13 +59,14 @@ class FakeGraphs(CudaGraphs):
         super().__init__(module, 8, training)
         self.recorded: list[int] = []
 
-    def _record_training(self, x: Tensor):
+    def _record_training(self, x: Tensor) -> Callable:
         self.recorded.append(x.numel())
-        return partial(replay, FakeRecording(self._module, self._memory))
+        return super()._record_training(x)
 
 
 @pytest.fixture
-def graphs() -> FakeGraphs:
+def graphs(monkeypatch: pytest.MonkeyPatch) -> FakeGraphs:
+    monkeypatch.setattr(cuda_graphs, 'TrainingRecording', FakeRecording)
     return FakeGraphs(Net())
 
 
@@ -76,6 +83,24 @@ def test_steps_are_recorded_at_the_second_call_with_a_size(graphs) -> None:
         assert step(graphs) == {'weight': 6.0, 'bias': 3.0}
         assert step(graphs, 2) == {'weight': 4.0, 'bias': 2.0}
     assert graphs.recorded == [3, 2]
+
+
+def test_a_larger_size_drops_the_graphs_of_smaller_ones(graphs) -> None:
+    """So that all of them share the memory of the largest."""
+    for side in (2, 2, 3, 3, 2, 3):
+        step(graphs, side)
+    assert graphs.recorded == [2, 3, 2]
+
+
+def test_statistics_over_processes_are_not_recorded(
+    graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs._module.norm = nn.SyncBatchNorm(1)
+    monkeypatch.setattr(dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(dist, 'get_world_size', lambda: 2)
+    for _ in range(3):
+        step(graphs)
+    assert graphs.recorded == []
 
 
 def test_without_being_asked_training_is_not_recorded() -> None:
@@ -179,6 +204,21 @@ def test_what_is_recorded_computes_the_gradients_of_the_weights() -> None:
     for name, grad, y in zip(params, found, expected, strict=True):
         assert torch.allclose(grad, y, rtol=1e-4, atol=1e-5), name
     assert dict(model.named_parameters()) == params
+
+
+def test_a_recording_keeps_the_tables_that_its_graphs_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes of later images push them out of the cache, and their memory would be used again."""
+    monkeypatch.setattr(torch.cuda, 'CUDAGraph', object)
+    monkeypatch.setattr(training_graphs, 'ready_to_capture', lambda device: nullcontext())
+    monkeypatch.setattr(training_graphs, '_warm_up', lambda *args: None)
+    monkeypatch.setattr(TrainingRecording, '_capture', lambda self, step: None)
+    table = weakref.ref(make_levels([(3, 5)], torch.device('cpu')))
+    recording = TrainingRecording(None, torch.ones(3), Net(), SharedMemory())
+    for side in range(1, MAX_LEVELS + 1):
+        make_levels([(side, 7)], torch.device('cpu'))
+    assert table() is not None
+    del recording
+    assert table() is None
 
 
 def training_step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -26,8 +26,9 @@ def test_takes_what_was_compared() -> None:
 @pytest.mark.parametrize('i', range(6))
 def test_leaves_other_dtypes_and_strides(i: int) -> None:
     inputs = make_inputs()
-    changed = inputs[i].float(), torch.cat([inputs[i], inputs[i][..., :8]], -1)[..., :-8]
-    for x in changed:
+    shifted = torch.cat([inputs[i].flatten()[:1], inputs[i].flatten()])[1:].view_as(inputs[i])
+    longer = torch.cat([inputs[i], inputs[i][..., :8]], -1)[..., :-8]
+    for x in (inputs[i].float(), longer, shifted):
         assert not fits(*inputs[:i], x, *inputs[i + 1 :])
 
 

@@ -13,6 +13,7 @@ from mmvig.models.backbones.plain_trunk import PlainTrunk
 from mmvig.models.layers.block import FusedForm
 from mmvig.models.layers.embed import ConvPatchEmbed
 from mmvig.models.layers.ffn import SwiGLU
+from mmvig.models.layers.hooks import has_hooks
 from mmvig.models.layers.mixer import BiGLAMixer
 from mmvig.models.layers.mixer_roadmap import RoadmapMixer
 from mmvig.models.layers.norm import RMSNorm, Stream, add, draw_keep
@@ -87,7 +88,7 @@ class ViGBlock(nn.Module):
 
 def chained_form(block: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
     """A block's `run`; the same by its `forward` where hooks or a wrapper want to see that."""
-    if type(block) is ViGBlock and not (block._forward_hooks or block._forward_pre_hooks):
+    if type(block) is ViGBlock and not has_hooks(block):
         return block.run
 
     def run(

@@ -29,6 +29,7 @@ from mmvig.models.layers.embed import (
     to_map,
     to_tokens,
 )
+from mmvig.models.layers.hooks import has_hooks
 from mmvig.models.layers.interaction import Extractor, Injector, Interaction
 from mmvig.models.layers.kept import Kept, cast
 from mmvig.models.layers.linear import cast_ahead
@@ -164,7 +165,7 @@ class ViTAdapter(BaseModule):
 
     def _upsample(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Twice the size, by `self.up`; its bias, where that is still to be added."""
-        if form(x) != 'eager' or self.up._forward_hooks or self.up._forward_pre_hooks:
+        if form(x) != 'eager' or has_hooks(self.up):
             return self.up(x), None
         weight = self.up.weight
         if torch.is_grad_enabled():

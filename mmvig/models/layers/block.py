@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mmvig.kernels.dispatch import form, working_dtype
+from mmvig.models.layers.hooks import has_hooks
 from mmvig.models.layers.kept import Kept
 from mmvig.models.layers.linear import Linear
 from mmvig.models.layers.mixer import BiGLAMixer
@@ -30,7 +31,7 @@ def read_weights(block: nn.Module) -> list[Tensor | None] | None:
         mlp._modules['gate_proj'], mlp._modules['down_proj'],
     )  # fmt: skip
     for module in (attn, mlp, *layers):
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        if has_hooks(module):
             return None
     if any(type(layer) not in KINDS for layer in layers):
         return None

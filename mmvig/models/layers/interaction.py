@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mmvig.kernels.dispatch import form, working_dtype
 from mmvig.models.layers.deform_attn import DeformableAttention, Levels
 from mmvig.models.layers.ffn import ConvFFN
+from mmvig.models.layers.hooks import has_hooks
 from mmvig.models.layers.kept import Kept
 from mmvig.models.layers.linear import Linear, Product, merged_linear, multiply
 from mmvig.models.layers.norm import LayerNorm, Stream, draw_keep
@@ -56,7 +57,7 @@ def _cast_scaled(dtype: torch.dtype, *params: Tensor) -> tuple[Tensor, ...]:
 def _is_watched(module: nn.Module) -> bool:
     """Whether a module's call is seen by hooks, or is not that of this project."""
     kinds = (DeformableAttention, Linear)
-    return bool(type(module) not in kinds or module._forward_hooks or module._forward_pre_hooks)
+    return type(module) not in kinds or has_hooks(module)
 
 
 class Extractor(nn.Module):

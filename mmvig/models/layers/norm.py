@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmvig.kernels import batch_norm, residual_norm
+from mmvig.models.layers.hooks import has_hooks
 
 
 class _Addable:
@@ -104,7 +105,7 @@ def normalize_batch(norm: nn.Module, x: Tensor, relu: bool = False, pool: bool =
 
     Layers of other kinds, and statistics over several processes, take their own way.
     """
-    if not _is_batch_norm(norm) or (norm.training and _synchronizes(norm)):
+    if not _is_batch_norm(norm) or (norm.training and synchronizes(norm)):
         x = norm(x)
         x = F.relu(x, inplace=True) if relu else x
         return F.max_pool2d(x, 3, stride=2, padding=1) if pool else x
@@ -132,12 +133,13 @@ def given_statistics(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor] |
 
 def _is_batch_norm(norm: nn.Module) -> bool:
     """Whether a layer is batch norm with all that it can have, and nobody looks at its calls."""
-    if not isinstance(norm, _BatchNorm) or norm._forward_hooks or norm._forward_pre_hooks:
+    if not isinstance(norm, _BatchNorm) or has_hooks(norm):
         return False
     return norm.affine and norm.track_running_stats and norm.momentum is not None
 
 
-def _synchronizes(norm: nn.Module) -> bool:
+def synchronizes(norm: nn.Module) -> bool:
+    """Whether a layer is batch norm whose statistics in training are of several processes."""
     if not isinstance(norm, nn.SyncBatchNorm):
         return False
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

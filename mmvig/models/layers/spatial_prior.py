@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mmvig.kernels import stem_conv
 from mmvig.kernels.stem_conv import MAX_CHANNELS
 from mmvig.models.layers.conv import Conv2d, PointConv2d
+from mmvig.models.layers.hooks import has_hooks
 from mmvig.models.layers.norm import given_statistics, normalize_batch
 
 
@@ -97,7 +98,7 @@ def _run(layers: nn.Sequential, x: Tensor) -> Tensor:
 
 def _is_watched(conv: nn.Module) -> bool:
     """Whether the module has to run: hooks want to see it, or nothing but it would."""
-    return bool(type(conv) is not Conv2d or conv._forward_hooks or conv._forward_pre_hooks)
+    return type(conv) is not Conv2d or has_hooks(conv)
 
 
 def init_conv(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
