@@ -13,6 +13,8 @@ from mmvig.kernels.grid import multiprocessors
 # Programs that a multiprocessor of Hopper holds at once, limited by registers.
 RESIDENT = 2
 MAX_CHUNKS = 48
+# Up to so many key channels bfloat16 is multiplied as TF32, for the accuracy of ViG-H's networks.
+TF32_DIM = 16
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def plan_for(
     b: int, n: int, h: int, dk: int, dv: int, dtype: torch.dtype, device: torch.device
 ) -> Plan:
     """As `make_plan`; remembered, since small calls wait for the host."""
-    half = dtype == torch.bfloat16
+    half = dtype == torch.bfloat16 and dk > TF32_DIM
     # As large as registers and shared memory allow; TF32 and its threefold use take more. Scores of
     # 64 tokens in TF32, which float16 would have at key dim 16, fault on Hopper (Triton 3.6).
     size = dk * {torch.bfloat16: 1, torch.float16: 2, torch.float32: 4}[dtype]

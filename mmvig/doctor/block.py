@@ -104,7 +104,14 @@ def _sampling_points(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
 
 def _stem_conv(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
     image = _maps(rand, dtype, 3, 37, 50)
-    return [(image,), rand(dims, 3, 3, 3, dtype=FP32), _batch_norm(rand, dims), 1e-5, True]
+    return [(image,), rand(dims, 3, 3, 3, dtype=FP32), _batch_norm(rand, dims), 1e-5, False]
+
+
+def _stem_conv_relu(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    image, weight, (mean, var, scale, shift), eps, _ = _stem_conv(rand, dtype, dims)
+    # Of each channel ReLU keeps all or nothing: near 0 the rounding before it would decide.
+    shift = 1e3 * shift.sign()
+    return [image, weight, (mean, var, scale, shift), eps, True]
 
 
 # Operator, and what makes its arguments, by the case's name.
@@ -120,6 +127,7 @@ DRAW: dict[str, tuple[str, Callable[[Random, torch.dtype, int], Inputs]]] = {
     'batch_norm': ('batch_norm', _plain_norm),
     'batch_norm, given statistics, ReLU': ('batch_norm', _given_norm),
     'stem_conv': ('stem_conv', _stem_conv),
+    'stem_conv, ReLU': ('stem_conv', _stem_conv_relu),
     'sampling_points': ('sampling_points', _sampling_points),
     'resized_sum, by 4': ('resized_sum', _upsampled_sum),
     'resized_sum, by 1/2': ('resized_sum', _halved_sum),
@@ -164,8 +172,10 @@ def draw(case: Case, device: str) -> tuple[str, list]:
     """
     op, make = DRAW[case.what]
 
+    rng = torch.Generator().manual_seed(0)
+
     def rand(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape).to(device, dtype)
+        return torch.randn(shape, generator=rng).to(device, dtype)
 
     def leaf(x: object) -> object:
         if isinstance(x, tuple):
