@@ -4,27 +4,21 @@ Two compute one chunk a program and are faster: `bigla_bwd_gluon.py`, for Hopper
 `bigla_bwd_chunks.py`. `bigla_bwd_looped.py` walks a segment a program and is general.
 """
 
-from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
-import triton
 from torch import Tensor
 
 from mmvig.kernels import bigla_chunked
 from mmvig.kernels.bigla_bwd_chunks import backward_by_chunks
 from mmvig.kernels.bigla_bwd_looped import backward_looped
-from mmvig.kernels.bigla_forms import SCALE, Form, Forms, everywhere, fits
-from mmvig.kernels.bigla_plan import Plan
+from mmvig.kernels.bigla_forms import SCALE, Form, Forms, everywhere, fits, in_gluon
 from mmvig.kernels.bigla_trust import NAMES, relative_errors
-
-# Gluon is experimental, and another in every version of Triton; this one's code was looked through.
-GLUON_VERSIONS = ('3.6.',)
 
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float,
-    plan: Plan | None = None,
+    chunk: int | None = None, chunks: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launches the backward: gradients of q, k, v and both gates, each in its tensor's dtype.
 
@@ -32,35 +26,15 @@ def backward(
         q, k, v, gf, gb, do: As in `bidirectional_gla`, and the output's gradient, (B, N, H, V);
             last dims contiguous.
         scale: Factor of q.
-        plan: Launch parameters, of which the forms by chunks heed `chunks` only.
+        chunk, chunks: Tokens of a chunk and chunks of a segment, where not as planned; the forms
+            by chunks heed the latter only.
     """
     inputs = (q, k, v, gf, gb, do)
     if q.is_cuda and fits(q, v, k, gf, gb, do):
         form = FORMS.fastest(q.device)
         if form is not None:
-            return form.launch(*inputs, scale, chunks=plan.chunks if plan else None)
-    return backward_looped(*inputs, scale, plan)
-
-
-def _has_gluon(device: torch.device) -> bool:
-    """Whether the device is of Hopper's kind and Triton has the Gluon that the kernels are in."""
-    if not (torch.cuda.is_available() and triton.__version__.startswith(GLUON_VERSIONS)):
-        return False
-    return torch.cuda.get_device_capability(device)[0] == 9 and _gluon_launcher() is not None
-
-
-@lru_cache
-def _gluon_launcher() -> Callable[..., tuple[Tensor, ...]] | None:
-    """Imported here, where Triton has Gluon at all; None where it has not, or another."""
-    try:
-        from mmvig.kernels.bigla_bwd_gluon import backward_in_gluon
-    except Exception:  # an experimental language may be incomplete in any way
-        return None
-    return backward_in_gluon
-
-
-def _launch_gluon(*args: Tensor | float, chunks: int | None = None) -> tuple[Tensor, ...]:
-    return _gluon_launcher()(*args, chunks=chunks)
+            return form.launch(*inputs, scale, chunks=chunks)
+    return backward_looped(*inputs, scale, chunk, chunks)
 
 
 def _measure(form: Form, args: list[Tensor], chunks: int) -> dict[str, float]:
@@ -75,7 +49,7 @@ def _measure(form: Form, args: list[Tensor], chunks: int) -> dict[str, float]:
 FORMS = Forms(
     'backward',
     (
-        Form('in Gluon', _has_gluon, _launch_gluon),
+        in_gluon('bigla_bwd_gluon', 'backward_in_gluon'),
         Form('by chunks', everywhere, backward_by_chunks),
     ),
     _measure,

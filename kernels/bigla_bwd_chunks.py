@@ -237,7 +237,7 @@ def backward_by_chunks(
     """
     b, n, h, dk = q.shape
     dv = v.shape[-1]
-    p = make_plan(q, v)
+    p = make_plan(q, v, grads=True)
     chunk = chunk or p.chunk
     n_chunks = triton.cdiv(n, chunk)
     chunks = chunks or segment_length(n_chunks, b * h, multiprocessors(q.device))

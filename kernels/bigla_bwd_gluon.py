@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mmvig.kernels.bigla_bwd_chunks import segment_length
 from mmvig.kernels.bigla_bwd_gluon_states import states_kernel
 from mmvig.kernels.bigla_bwd_looped import grad_kernel
+from mmvig.kernels.bigla_gluon_tiles import copy_rows, held, held_pairs, write_rows
 from mmvig.kernels.bigla_plan import make_plan
 from mmvig.kernels.bigla_tiles import scan_states, strides
 from mmvig.kernels.grid import ceil_div, multiprocessors
@@ -35,41 +36,6 @@ STATES_REGISTERS, GRADS_REGISTERS = 128, 168
 STATES_RESIDENT = 4
 # Tiles of a chunk in shared memory: that in work and the next.
 STATES_STAGES = 2
-
-
-@gluon.jit
-def copy_rows(to, p, stride, n, at: gl.constexpr, D: gl.constexpr):
-    """Starts the copy of rows 0..64 of (n, D) at p to shared memory; zeros beyond n rows."""
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, at))[:, None]
-    cols = gl.arange(0, D, layout=gl.SliceLayout(0, at))[None, :]
-    # The columns' mask is always true, but gives the mask the shape that the copy asks for.
-    mask = (rows < n) & (cols < D)
-    async_copy.async_copy_global_to_shared(to, p + (rows * stride + cols), mask=mask)
-
-
-@gluon.jit
-def write_rows(x, through, p, stride, n, at: gl.constexpr, D: gl.constexpr):
-    """Stores (64, D) bfloat16 in whole rows, by way of shared memory."""
-    through.store(x)
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, at))[:, None]
-    cols = gl.arange(0, D, layout=gl.SliceLayout(0, at))[None, :]
-    gl.store(p + (rows * stride + cols), through.load(at), mask=(rows < n) & (cols < D))
-
-
-@gluon.jit
-def held(x):
-    """float32 x, computed here: the compiler would delay it, and hold what it is made of."""
-    return gl.inline_asm_elementwise(
-        'mov.b32 $0, $1;', '=r,r', [x], gl.float32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def held_pairs(x):
-    """As `held`, for bfloat16."""
-    return gl.inline_asm_elementwise(
-        'mov.b32 $0, $1;', '=r,r', [x], gl.bfloat16, is_pure=False, pack=2
-    )
 
 
 @gluon.jit
@@ -328,7 +294,7 @@ def backward_in_gluon(
         *strides(*inputs), b, n, h, n_segments, n_chunks, chunks, HAS_STATES=several,
         num_warps=4, maxnreg=GRADS_REGISTERS,
     )  # fmt: skip
-    p = make_plan(q, v)
+    p = make_plan(q, v, grads=True)
     # Segments with strong gates, the others return at once; `local` is free and serves as scratch.
     grad_kernel[heads, n_segments, 1](
         *inputs, *outputs, states, weakest[2], local, 0.5 * scale, *strides(*inputs),

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmvig.kernels.bigla_plan import Plan, make_plan
+from mmvig.kernels.bigla_plan import make_plan
 from mmvig.kernels.bigla_tiles import (
     INTERPRETED,
     LOG2E,
@@ -378,12 +378,12 @@ def grad_kernel(
 
 def backward_looped(
     q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float,
-    plan: Plan | None = None,
+    chunk: int | None = None, chunks: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launches the backward: gradients of q, k, v and both gates, each in its tensor's dtype."""
+    """Launches the backward; arguments and results as of `bigla_bwd.backward`."""
     b, n, h, dk = q.shape
     dv = v.shape[-1]
-    p = plan or make_plan(q, v)
+    p = make_plan(q, v, chunk, chunks, grads=True)
     n_chunks = triton.cdiv(n, p.chunk)
     n_segments = triton.cdiv(n_chunks, p.chunks)
     blocks = triton.cdiv(dv, p.block_v)

@@ -7,15 +7,19 @@ case that the ViG networks have in half precision; only that was compared and ti
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from importlib import import_module
 
 import torch
+import triton
 from torch import Tensor
 
 from mmvig.kernels.bigla_trust import search_fault
 
 KEY_DIM, VALUE_DIM, DTYPE = 32, 64, torch.bfloat16
 SCALE = KEY_DIM**-0.5  # of the checks
+# Gluon is experimental, and another in every version of Triton; this one's code was looked through.
+GLUON_VERSIONS = ('3.6.',)
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,30 @@ class Forms:
 def everywhere(device: torch.device) -> bool:
     """For forms that any device can have."""
     return True
+
+
+def in_gluon(module: str, function: str) -> Form:
+    """The form in Gluon that a function of one of these modules launches.
+
+    The module is imported where Triton has its Gluon, and the device is of Hopper's kind.
+    """
+
+    @lru_cache
+    def launcher() -> Callable[..., Tensor | tuple[Tensor, ...]] | None:
+        try:
+            return getattr(import_module(f'mmvig.kernels.{module}'), function)
+        except Exception:  # an experimental language may be incomplete in any way
+            return None
+
+    def available(device: torch.device) -> bool:
+        if not (torch.cuda.is_available() and triton.__version__.startswith(GLUON_VERSIONS)):
+            return False
+        return torch.cuda.get_device_capability(device)[0] == 9 and launcher() is not None
+
+    def launch(*args: Tensor | float, chunks: int | None = None) -> Tensor | tuple[Tensor, ...]:
+        return launcher()(*args, chunks=chunks)
+
+    return Form('in Gluon', available, launch)
 
 
 def fits(q: Tensor, v: Tensor, *others: Tensor) -> bool:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmvig.kernels.bigla_plan import Plan, make_plan
+from mmvig.kernels.bigla_plan import make_plan
 from mmvig.kernels.bigla_tiles import (
     LOG2E,
     MAX_CHUNK_BITS,
@@ -222,12 +222,13 @@ def output_kernel(
 
 
 def forward_looped(
-    q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float, plan: Plan | None = None
-) -> Tensor:
-    """Launches the forward; arguments as in `bidirectional_gla`, last dims contiguous."""
+    q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float,
+    chunk: int | None = None, chunks: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Launches the forward; arguments as of `bigla_fwd.forward`."""
     b, n, h, dk = q.shape
     dv = v.shape[-1]
-    p = plan or make_plan(q, v)
+    p = make_plan(q, v, chunk, chunks)
     o = torch.empty(b, n, h, dv, dtype=q.dtype, device=q.device)
     n_chunks = triton.cdiv(n, p.chunk)
     n_segments = triton.cdiv(n_chunks, p.chunks)

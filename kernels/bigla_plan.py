@@ -1,6 +1,6 @@
 """How a `bidirectional_gla` problem is cut: chunk, segment, blocks, warps, dtypes of products."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -13,7 +13,7 @@ from mmvig.kernels.grid import multiprocessors
 # Programs that a multiprocessor of Hopper holds at once, limited by registers.
 RESIDENT = 2
 MAX_CHUNKS = 48
-# Up to so many key channels bfloat16 is multiplied as TF32, for the accuracy of ViG-H's networks.
+# Up to so many key channels the forward multiplies bfloat16 as TF32: ViG-H amplifies its rounding.
 TF32_DIM = 16
 
 
@@ -45,17 +45,28 @@ class Plan:
     exact: dict[str, int]
 
 
-def make_plan(q: Tensor, v: Tensor) -> Plan:
-    """Chooses the launch parameters for q (B, N, H, K) and v (B, N, H, V)."""
-    return plan_for(*q.shape, v.shape[-1], q.dtype, q.device)
+def make_plan(
+    q: Tensor, v: Tensor, chunk: int | None = None, chunks: int | None = None, grads: bool = False
+) -> Plan:
+    """Chooses the launch parameters for q (B, N, H, K) and v (B, N, H, V).
+
+    Args:
+        q, v: As in `bidirectional_gla`.
+        chunk, chunks: Tokens of a chunk and chunks of a segment, if they are not to be chosen.
+        grads: Whether for the backward.
+    """
+    plan = plan_for(*q.shape, v.shape[-1], q.dtype, q.device, grads)
+    if chunk is None and chunks is None:
+        return plan
+    return replace(plan, chunk=chunk or plan.chunk, chunks=chunks or plan.chunks)
 
 
 @lru_cache(maxsize=1024)
 def plan_for(
-    b: int, n: int, h: int, dk: int, dv: int, dtype: torch.dtype, device: torch.device
+    b: int, n: int, h: int, dk: int, dv: int, dtype: torch.dtype, device: torch.device, grads: bool
 ) -> Plan:
     """As `make_plan`; remembered, since small calls wait for the host."""
-    half = dtype == torch.bfloat16 and dk > TF32_DIM
+    half = dtype == torch.bfloat16 and (grads or dk > TF32_DIM)
     # As large as registers and shared memory allow; TF32 and its threefold use take more. Scores of
     # 64 tokens in TF32, which float16 would have at key dim 16, fault on Hopper (Triton 3.6).
     size = dk * {torch.bfloat16: 1, torch.float16: 2, torch.float32: 4}[dtype]

@@ -101,16 +101,17 @@ def settings(case: Case) -> list[tuple[int, float, int]]:
 
 
 def take_form(name: str) -> None:
-    """Has the backward take this form unasked; by segments, the forward its general one, too.
+    """Has the backward take this form unasked, and the forward that of the same rank.
 
     Their own checks would hide a form that is wrong behind the one that they fall back to.
     """
     from mmvig.kernels import bigla_bwd, bigla_fwd
 
     device = torch.device('cuda', torch.cuda.current_device())
-    bigla_bwd.FORMS.take(name, device)
-    (fast,) = bigla_fwd.FORMS.available(device)
-    bigla_fwd.FORMS.take(None if name == GENERAL else fast, device)
+    names = (forms.FORMS.available(device) for forms in (bigla_bwd, bigla_fwd))
+    forward = dict(zip(*names, strict=True)).get(name)
+    bigla_bwd.FORMS.take(None if name == GENERAL else name, device)
+    bigla_fwd.FORMS.take(forward, device)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -147,7 +147,12 @@ class Function:
         return partial(self._launch, grid[0])
 
     def _launch(
-        self, programs: int, *args: object, num_warps: int, maxnreg: int, **constants: object
+        self,
+        programs: int,
+        *args: object,
+        num_warps: int,
+        maxnreg: int | None = None,
+        **constants: object,
     ) -> None:
         Machine.programs = programs
         for program in range(programs):
@@ -189,6 +194,8 @@ LANGUAGE = dict(
     program_id=lambda axis: torch.tensor(Machine.program),
     num_programs=lambda axis: torch.tensor(Machine.programs),
     static_range=range,
+    to_tensor=torch.as_tensor,
+    thread_barrier=lambda: None,
     load=load,
     store=store,
     exp2=torch.exp2,

@@ -1,8 +1,6 @@
 """The backward of `bidirectional_gla`: its three forms."""
 
 import importlib.util
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +16,6 @@ if importlib.util.find_spec('triton') is None:
 from mmvig.kernels import bigla_bwd, bigla_chunked
 from mmvig.kernels.bigla_forms import Forms
 
-CUDA = torch.device('cuda', 0)  # of the fakes, which are not launched
-
 
 @pytest.mark.parametrize('kernels', ['bigla_bwd', 'bigla_bwd_gluon'])
 def test_kernels_under_the_interpreter(kernels: str) -> None:
@@ -27,49 +23,11 @@ def test_kernels_under_the_interpreter(kernels: str) -> None:
     run_interpreted(Path(__file__).with_name(f'test_{kernels}_kernels.py'))
 
 
-def test_gluon_is_not_imported_with_the_kernels() -> None:
-    code = (
-        'import sys, mmvig.kernels.bigla_bwd\n'
-        "print(any(name.startswith('mmvig.kernels.bigla_bwd_gluon') for name in sys.modules))"
-    )
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == 'False'
-
-
 def make_inputs(device: str = 'cpu', tokens: int = 40) -> list[Tensor]:
     """q, k, v, both gates and the output's gradient, as the form by chunks takes them."""
     xs = [torch.randn(1, tokens, 2, d, device=device) for d in (32, 32, 64, 32, 32, 64)]
     xs[3:5] = (-0.05 * x.abs() for x in xs[3:5])
     return [x.bfloat16() for x in xs]
-
-
-@pytest.mark.parametrize(
-    ('capability', 'version', 'has'),
-    [
-        ((9, 0), '3.6.0', True),
-        ((9, 0), '3.3.1', False),
-        ((9, 0), '3.8.0', False),
-        ((8, 0), '3.6.0', False),
-        ((10, 0), '3.6.0', False),
-    ],
-)
-def test_gluon_is_for_hopper_and_one_version(
-    capability: tuple[int, int], version: str, has: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
-    monkeypatch.setattr(bigla_bwd.triton, '__version__', version)
-    monkeypatch.setattr(bigla_bwd, '_gluon_launcher', lambda: print)
-    assert bigla_bwd._has_gluon(CUDA) is has
-    monkeypatch.setattr(bigla_bwd, '_gluon_launcher', lambda: None)
-    assert not bigla_bwd._has_gluon(CUDA)
-
-
-def test_a_triton_without_gluon_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ('bigla_bwd_gluon', 'bigla_bwd_gluon_states'):
-        monkeypatch.delitem(sys.modules, f'mmvig.kernels.{name}', raising=False)
-    monkeypatch.setitem(sys.modules, 'triton.experimental', None)
-    assert bigla_bwd._gluon_launcher.__wrapped__() is None
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from .test_bigla_kernels import _poison as _poison  # a fixture
 from mmvig.kernels import bigla_bwd  # isort: skip
 
 if GPU:
-    if not bigla_bwd._has_gluon(torch.device('cuda')):
+    if not next(iter(bigla_bwd.FORMS)).available(torch.device('cuda')):
         pytest.skip('needs Hopper and the Gluon of Triton 3.6', allow_module_level=True)
     from mmvig.kernels import bigla_bwd_gluon
 else:
-    PARTS = ('mmvig.kernels.bigla_bwd_gluon_states', 'mmvig.kernels.bigla_bwd_gluon')
-    bigla_bwd_gluon = emulated(*PARTS)[1]
+    PARTS = ('bigla_gluon_tiles', 'bigla_bwd_gluon_states', 'bigla_bwd_gluon')
+    bigla_bwd_gluon = emulated(*(f'mmvig.kernels.{part}' for part in PARTS))[-1]
 DTYPE = torch.bfloat16 if GPU else torch.float32
 KEY, VALUE = 32, 64
 

@@ -1,6 +1,8 @@
 """Which form of a pass of `bidirectional_gla` a call takes."""
 
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from torch import Tensor
 if importlib.util.find_spec('triton') is None:
     pytest.skip('needs Triton', allow_module_level=True)
 
-from mmvig.kernels.bigla_forms import Form, Forms, fits
+from mmvig.kernels import bigla_forms
+from mmvig.kernels.bigla_forms import Form, Forms, fits, in_gluon
 
 CUDA = torch.device('cuda', 0)  # of the fakes, which are not launched
 
@@ -104,3 +107,44 @@ def test_the_error_of_a_form_is_a_fault() -> None:
     wrong, right = (Form(name, lambda device: True, lambda: ()) for name in ('wrong', 'right'))
     assert 'error 1.0e+00 of o' in forms.find_fault(wrong, torch.device('cpu'))
     assert forms.find_fault(right, torch.device('cpu')) is None
+
+
+def test_gluon_is_not_imported_with_the_kernels() -> None:
+    code = (
+        'import sys, mmvig.kernels.bigla_bwd, mmvig.kernels.bigla_fwd\n'
+        "print(any('gluon' in name for name in sys.modules if name.startswith('mmvig')))"
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == 'False'
+
+
+@pytest.mark.parametrize(
+    ('capability', 'version', 'has'),
+    [
+        ((9, 0), '3.6.0', True),
+        ((9, 0), '3.3.1', False),
+        ((9, 0), '3.8.0', False),
+        ((8, 0), '3.6.0', False),
+        ((10, 0), '3.6.0', False),
+    ],
+)
+def test_gluon_is_for_hopper_and_one_version(
+    capability: tuple[int, int], version: str, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    monkeypatch.setattr(bigla_forms.triton, '__version__', version)
+    assert in_gluon('bigla_forms', 'fits').available(CUDA) is has
+    assert not in_gluon('bigla_forms', 'missing').available(CUDA)
+
+
+@pytest.mark.parametrize('name', ['forward', 'backward'])
+def test_a_triton_without_gluon_is_no_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if 'gluon' in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, 'triton.experimental', None)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    monkeypatch.setattr(bigla_forms.triton, '__version__', '3.6.0')
+    module = f'bigla_{name[0]}wd_gluon'
+    assert not in_gluon(module, f'{name}_in_gluon').available(CUDA)

@@ -1,4 +1,4 @@
-"""The forward of `bidirectional_gla`: its two forms."""
+"""The forward of `bidirectional_gla`: its three forms."""
 
 import importlib.util
 from pathlib import Path
@@ -16,13 +16,14 @@ from mmvig.kernels import bigla_fwd
 from mmvig.kernels.bigla_forms import Forms
 
 
-def test_kernels_under_the_interpreter() -> None:
-    """Runs `test_bigla_fwd_kernels.py` in a process where Triton is not yet imported."""
-    run_interpreted(Path(__file__).with_name('test_bigla_fwd_kernels.py'))
+@pytest.mark.parametrize('kernels', ['bigla_fwd', 'bigla_fwd_gluon'])
+def test_kernels_under_the_interpreter(kernels: str) -> None:
+    """Runs `test_*_kernels.py` in a process where Triton is not yet imported."""
+    run_interpreted(Path(__file__).with_name(f'test_{kernels}_kernels.py'))
 
 
 def make_inputs(device: str = 'cpu', tokens: int = 40) -> list[Tensor]:
-    """q, k, v and both gates, as the faster form takes them."""
+    """q, k, v and both gates, as the faster forms take them."""
     xs = [torch.randn(1, tokens, 2, d, device=device) for d in (32, 32, 64, 32, 32)]
     xs[3:] = (-0.05 * x.abs() for x in xs[3:])
     return [x.bfloat16() for x in xs]
@@ -32,7 +33,9 @@ def make_inputs(device: str = 'cpu', tokens: int = 40) -> list[Tensor]:
 
 
 @pytest.mark.gpu
-def test_falls_back_to_the_general_form_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_falls_back_to_the_general_form_with_warnings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     inputs = make_inputs('cuda', 300)
     expected = bigla_fwd.forward(*inputs, 0.2)
     bigla_fwd.FORMS.forget()
@@ -40,7 +43,7 @@ def test_falls_back_to_the_general_form_with_one_warning(monkeypatch: pytest.Mon
     with pytest.warns(RuntimeWarning, match='it was told to fail') as record:
         actual = [bigla_fwd.forward(*inputs, 0.2) for _ in range(2)][0]
     bigla_fwd.FORMS.forget()
-    assert len(record) == 1
+    assert len(record) == len(bigla_fwd.FORMS.available(inputs[0].device))
     assert ((actual - expected).float().norm() / expected.float().norm()).item() < 1.5e-2
 
 
@@ -54,6 +57,7 @@ def test_takes_scales_without_a_logarithm(scale: float) -> None:
 
 
 @pytest.mark.gpu
-def test_the_faster_form_is_right_here() -> None:
-    forms = bigla_fwd.FORMS
-    assert all(forms.find_fault(form, torch.device('cuda')) is None for form in forms)
+def test_every_form_is_right_here() -> None:
+    forms, device = bigla_fwd.FORMS, torch.device('cuda')
+    for form in forms:
+        assert not form.available(device) or forms.find_fault(form, device) is None, form.name
