@@ -24,13 +24,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mmvig.kernels.bigla_bwd_chunks import segment_length
 from mmvig.kernels.bigla_bwd_gluon_states import states_kernel
 from mmvig.kernels.bigla_bwd_looped import grad_kernel
-from mmvig.kernels.bigla_gluon_tiles import copy_rows, held, held_pairs, write_rows
+from mmvig.kernels.bigla_gluon_tiles import (
+    CHUNK,
+    KEYS,
+    LEFT_KEYS,
+    LEFT_TOKENS,
+    LOG2E,
+    NARROW,
+    ROWS_K,
+    TOKENS,
+    WIDE,
+    C,
+    K,
+    V,
+    copy_rows,
+    held,
+    held_pairs,
+    write_rows,
+)
 from mmvig.kernels.bigla_plan import make_plan
 from mmvig.kernels.bigla_tiles import scan_states, strides
 from mmvig.kernels.grid import ceil_div, multiprocessors
 
-LOG2E = gl.constexpr(1.4426950408889634)
-CHUNK = 64
 # Registers a thread; four programs of the states and three of the gradients a multiprocessor.
 STATES_REGISTERS, GRADS_REGISTERS = 128, 168
 STATES_RESIDENT = 4
@@ -39,31 +54,30 @@ STATES_STAGES = 2
 
 
 @gluon.jit
-def add_segment(s, p_reach, p_states, half, at: gl.constexpr):
+def add_segment(s, p_reach, p_states, half):
     """s (V, K), float32, plus the state that enters the segment, decayed up to here."""
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, at))[:, None]
-    cols = gl.arange(0, 32, layout=gl.SliceLayout(0, at))
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS_K))[:, None]
+    cols = gl.arange(0, 32, layout=gl.SliceLayout(0, ROWS_K))
     e = gl.exp2(gl.load(p_reach + cols) + half)
     return s + gl.load(p_states + (rows * 32 + cols[None, :])) * e[None, :]
 
 
 @gluon.jit
 def prepare_states(
-    s_s, s_ds, s_sds, p_total, p_s_reach, p_ds_reach, p_s_in, p_ds_in, at: gl.constexpr,
-    HAS_STATES: gl.constexpr,
+    s_s, s_ds, s_sds, p_total, p_s_reach, p_ds_reach, p_s_in, p_ds_in, HAS_STATES: gl.constexpr,
 ):  # fmt: skip
     """Brings one direction's S and dS (V, K), in place, to the middle of the chunk's decay.
 
     And writes their product to s_sds.
     """
-    cols = gl.arange(0, 32, layout=gl.SliceLayout(0, at))
+    cols = gl.arange(0, 32, layout=gl.SliceLayout(0, ROWS_K))
     half = 0.5 * gl.load(p_total + cols)
     e = gl.exp2(half)[None, :]
-    s = s_s.load(at).to(gl.float32) * e
-    ds = s_ds.load(at).to(gl.float32) * e
+    s = s_s.load(ROWS_K).to(gl.float32) * e
+    ds = s_ds.load(ROWS_K).to(gl.float32) * e
     if HAS_STATES:
-        s = add_segment(s, p_s_reach, p_s_in, half, at)
-        ds = add_segment(ds, p_ds_reach, p_ds_in, half, at)
+        s = add_segment(s, p_s_reach, p_s_in, half)
+        ds = add_segment(ds, p_ds_reach, p_ds_in, half)
     s_s.store(s.to(gl.bfloat16))
     s_ds.store(ds.to(gl.bfloat16))
     s_sds.store((s * ds).to(gl.bfloat16))
@@ -72,14 +86,13 @@ def prepare_states(
 @gluon.jit
 def one_direction(
     s_upper, s_g, s_q, s_k, s_v, s_do, s_s, s_ds, s_sds, s_qe, s_ke, p_total, zero, again,
-    KEYS: gl.constexpr, TOKENS: gl.constexpr, BACK: gl.constexpr,
+    BACK: gl.constexpr,
 ):  # fmt: skip
     """One direction's dq and dk, and dg in flight: float32 (C, K), without scale.
 
     Leaves q and k with their decays in s_qe and s_ke; overwrites the gates and S. zero and again
     are zeros that the compiler does not know: it would else keep masks and decays in registers.
     """
-    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=KEYS, k_width=2)
     rows = gl.arange(0, 64, layout=gl.SliceLayout(1, TOKENS))[:, None] + again
     cols = gl.arange(0, 64, layout=gl.SliceLayout(0, TOKENS))[None, :]
     none = gl.zeros([64, 32], gl.float32, layout=KEYS)
@@ -99,13 +112,13 @@ def one_direction(
     da = warpgroup_mma(s_x, s_y.permute((1, 0)), nothing, use_acc=False, is_async=True)
     da = warpgroup_mma_wait(0, deps=[da])
     da = gl.where(rows >= cols, da, zero)
-    da = gl.convert_layout(held_pairs(da.to(gl.bfloat16)), LEFT)
+    da = gl.convert_layout(held_pairs(da.to(gl.bfloat16)), LEFT_KEYS)
     first = warpgroup_mma(s_x, s_other, none, use_acc=False, is_async=True)
     first = warpgroup_mma(da, s_far, first, is_async=True)
     dat = warpgroup_mma(s_y, s_x.permute((1, 0)), nothing, use_acc=False, is_async=True)
     dat = warpgroup_mma_wait(0, deps=[dat])
     dat = gl.where(rows <= cols, dat, zero)
-    dat = gl.convert_layout(held_pairs(dat.to(gl.bfloat16)), LEFT)
+    dat = gl.convert_layout(held_pairs(dat.to(gl.bfloat16)), LEFT_KEYS)
     second = warpgroup_mma(s_y, s_in, none, use_acc=False, is_async=True)
     second = warpgroup_mma_wait(0, deps=[second])
     s_s.store((s_far.load(KEYS).to(gl.float32) * second).to(gl.bfloat16))
@@ -121,7 +134,7 @@ def one_direction(
     # Of tokens on the other side, with the sign that they have there; the gates' memory is free.
     s_g.store((-dc if BACK else dc).to(gl.bfloat16))
     fence_async_shared()
-    one = gl.full([64, 64], 1.0, gl.bfloat16, layout=LEFT)
+    one = gl.full([64, 64], 1.0, gl.bfloat16, layout=LEFT_KEYS)
     dg = warpgroup_mma(s_upper, s_g, dc, use_acc=BACK, is_async=True)
     dg = warpgroup_mma(one, s_s, dg, is_async=True)
     dg = warpgroup_mma(one, s_sds, dg, is_async=True)
@@ -143,15 +156,6 @@ def grads_kernel(
     `grad_kernel`, in its exact form, overwrites; it reads the last third of weakest (3, B*H,
     segment), which is written here: of both directions, whose own the first two are.
     """
-    C: gl.constexpr = 64
-    K: gl.constexpr = 32
-    V: gl.constexpr = 64
-    KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
-    TOKENS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    ROWS_K: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
-    ROWS_V: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    NARROW: gl.constexpr = gl.NVMMASharedLayout(64, 16)
-    WIDE: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     pid = gl.program_id(0)
     h = pid % H
     i_c = pid // H % n_chunks
@@ -178,20 +182,20 @@ def grads_kernel(
     s_kf = gl.allocate_shared_memory(gl.bfloat16, [C, K], NARROW)
     s_kb = gl.allocate_shared_memory(gl.bfloat16, [C, K], NARROW)
 
-    copy_rows(s_v, p_v + (b * v_b + h * v_h + t * v_n), v_n, n, ROWS_V, V)
-    copy_rows(s_do, p_do + (b * do_b + h * do_h + t * do_n), do_n, n, ROWS_V, V)
+    copy_rows(s_v, p_v + (b * v_b + h * v_h + t * v_n), v_n, n, V)
+    copy_rows(s_do, p_do + (b * do_b + h * do_h + t * do_n), do_n, n, V)
     p_local += (head * n_chunks + i_c) * 4 * K * V
     every = gl.where(not_first, 64, 0)
-    copy_rows(s_sf, p_local, K, every, ROWS_K, K)
-    copy_rows(s_dsb, p_local + 2 * K * V, K, every, ROWS_K, K)
+    copy_rows(s_sf, p_local, K, every, K)
+    copy_rows(s_dsb, p_local + 2 * K * V, K, every, K)
     every = gl.where(not_last, 64, 0)
-    copy_rows(s_sb, p_local + K * V, K, every, ROWS_K, K)
-    copy_rows(s_dsf, p_local + 3 * K * V, K, every, ROWS_K, K)
-    copy_rows(s_upper, p_upper, C, C, ROWS_V, C)
-    copy_rows(s_gf, p_gf + (b * gf_b + h * gf_h + t * gf_n), gf_n, n, ROWS_K, K)
-    copy_rows(s_q, p_q + (b * q_b + h * q_h + t * q_n), q_n, n, ROWS_K, K)
-    copy_rows(s_k, p_k + (b * k_b + h * k_h + t * k_n), k_n, n, ROWS_K, K)
-    copy_rows(s_gb, p_gb + (b * gb_b + h * gb_h + t * gb_n), gb_n, n, ROWS_K, K)
+    copy_rows(s_sb, p_local + K * V, K, every, K)
+    copy_rows(s_dsf, p_local + 3 * K * V, K, every, K)
+    copy_rows(s_upper, p_upper, C, C, C)
+    copy_rows(s_gf, p_gf + (b * gf_b + h * gf_h + t * gf_n), gf_n, n, K)
+    copy_rows(s_q, p_q + (b * q_b + h * q_h + t * q_n), q_n, n, K)
+    copy_rows(s_k, p_k + (b * k_b + h * k_h + t * k_n), k_n, n, K)
+    copy_rows(s_gb, p_gb + (b * gb_b + h * gb_h + t * gb_n), gb_n, n, K)
     async_copy.commit_group()
 
     p_reach += (head * n_chunks + i_c) * 4 * K
@@ -209,24 +213,24 @@ def grads_kernel(
 
     prepare_states(
         s_sf, s_dsf, s_sds, p_totals, p_reach, p_reach + 3 * K, p_states, p_states + 3 * flow,
-        ROWS_K, HAS_STATES,
+        HAS_STATES,
     )  # fmt: skip
     fence_async_shared()
     zero = gl.minimum(N, 0).to(gl.float32)
     dq_f, dk_f, dg = one_direction(
         s_upper, s_gf, s_q, s_k, s_v, s_do, s_sf, s_dsf, s_sds, s_qf, s_kf,
-        p_totals, zero, gl.minimum(N, 0), KEYS, TOKENS, False,
+        p_totals, zero, gl.minimum(N, 0), False,
     )  # fmt: skip
     dg = warpgroup_mma_wait(0, deps=[dg])
-    write_rows((dg * scale).to(gl.bfloat16), s_gf, p_dgf + out, H * K, n, ROWS_K, K)
+    write_rows((dg * scale).to(gl.bfloat16), s_gf, p_dgf + out, H * K, n, K)
     prepare_states(
         s_sb, s_dsb, s_sds, p_totals + K, p_reach + K, p_reach + 2 * K, p_states + flow,
-        p_states + 2 * flow, ROWS_K, HAS_STATES,
+        p_states + 2 * flow, HAS_STATES,
     )  # fmt: skip
     fence_async_shared()
     dq_b, dk_b, dg = one_direction(
         s_upper, s_gb, s_q, s_k, s_v, s_do, s_sb, s_dsb, s_sds, s_gf, s_kb,
-        p_totals + K, -zero, gl.minimum(H, 0), KEYS, TOKENS, True,
+        p_totals + K, -zero, gl.minimum(H, 0), True,
     )  # fmt: skip
     nothing = gl.zeros([C, C], gl.float32, layout=TOKENS)
     rows = gl.arange(0, C, layout=gl.SliceLayout(1, TOKENS))[:, None]
@@ -234,22 +238,21 @@ def grads_kernel(
     dq = held_pairs(((dq_f + dq_b) * scale).to(gl.bfloat16))
     dk = held_pairs(((dk_f + dk_b) * scale).to(gl.bfloat16))
     dg = warpgroup_mma_wait(0, deps=[dg])
-    write_rows((dg * scale).to(gl.bfloat16), s_gb, p_dgb + out, H * K, n, ROWS_K, K)
-    write_rows(dq, s_q, p_dq + out, H * K, n, ROWS_K, K)
-    write_rows(dk, s_k, p_dk + out, H * K, n, ROWS_K, K)
+    write_rows((dg * scale).to(gl.bfloat16), s_gb, p_dgb + out, H * K, n, K)
+    write_rows(dq, s_q, p_dq + out, H * K, n, K)
+    write_rows(dk, s_k, p_dk + out, H * K, n, K)
     # Row j gives, column i receives. q with its backward decays is where the gates were.
     a_f = warpgroup_mma(s_kf, s_qf.permute((1, 0)), nothing, use_acc=False, is_async=True)
     a_b = warpgroup_mma(s_kb, s_gf.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    LEFT_V: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=TOKENS, k_width=2)
     a_f, a_b = warpgroup_mma_wait(0, deps=[a_f, a_b])
     a = gl.where(rows <= cols, a_f, zero) + gl.where(rows >= cols, a_b, zero)
-    a = gl.convert_layout(a.to(gl.bfloat16), LEFT_V)
+    a = gl.convert_layout(a.to(gl.bfloat16), LEFT_TOKENS)
     dv = warpgroup_mma(a, s_do, nothing, use_acc=False, is_async=True)
     dv = warpgroup_mma(s_kf, s_dsf.permute((1, 0)), dv, is_async=True)
     dv = warpgroup_mma(s_kb, s_dsb.permute((1, 0)), dv, is_async=True)
     dv = warpgroup_mma_wait(0, deps=[dv])
     p_dv += ((b * N + t) * H + h) * V
-    write_rows((dv * scale).to(gl.bfloat16), s_v, p_dv, H * V, n, ROWS_V, V)
+    write_rows((dv * scale).to(gl.bfloat16), s_v, p_dv, H * V, n, V)
 
 
 def backward_in_gluon(

@@ -16,30 +16,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-LOG2E = gl.constexpr(1.4426950408889634)
+from mmvig.kernels.bigla_gluon_tiles import (
+    KEYS,
+    LEFT_KEYS,
+    LOG2E,
+    NARROW,
+    ROWS_K,
+    ROWS_V,
+    WIDE,
+    C,
+    K,
+    V,
+    copy_rows,
+)
 
 
 @gluon.jit
-def copy_chunk(
-    s_x, s_y, s_g, stage, p_x, p_y, p_g, x_n, y_n, g_n, i_c, N, valid,
-    ROWS_K: gl.constexpr, ROWS_V: gl.constexpr,
-):  # fmt: skip
+def copy_chunk(s_x, s_y, s_g, stage, p_x, p_y, p_g, x_n, y_n, g_n, i_c, N, valid):
     """Starts the copies of chunk i_c of x, y and g to their `stage`, or of zeros if not valid."""
-    t = i_c.to(gl.int64) * 64
-    n = gl.where(valid, N - i_c * 64, 0)
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS_K))[:, None]
-    cols = gl.arange(0, 32, layout=gl.SliceLayout(0, ROWS_K))[None, :]
-    # The columns' mask is always true, but gives the mask the shape that the copy asks for.
-    mask = (rows < n) & (cols < 32)
-    p = p_g + t * g_n + (rows * g_n + cols)
-    async_copy.async_copy_global_to_shared(s_g.index(stage), p, mask=mask)
-    p = p_x + t * x_n + (rows * x_n + cols)
-    async_copy.async_copy_global_to_shared(s_x.index(stage), p, mask=mask)
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS_V))[:, None]
-    cols = gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS_V))[None, :]
-    p = p_y + t * y_n + (rows * y_n + cols)
-    mask = (rows < n) & (cols < 64)
-    async_copy.async_copy_global_to_shared(s_y.index(stage), p, mask=mask)
+    t = i_c.to(gl.int64) * C
+    n = gl.where(valid, N - i_c * C, 0)
+    copy_rows(s_g.index(stage), p_g + t * g_n, g_n, n, K)
+    copy_rows(s_x.index(stage), p_x + t * x_n, x_n, n, K)
+    copy_rows(s_y.index(stage), p_y + t * y_n, y_n, n, V)
 
 
 @gluon.jit(do_not_specialize=['N', 'H', 'n_chunks', 'n_segments', 'chunks'])
@@ -58,15 +57,6 @@ def states_kernel(
     segment, K), float32. Beyond those weakest (direction, B*H, segment), float32: half the
     strongest decay of a chunk. Decays are in bits; products accumulate in float32.
     """
-    C: gl.constexpr = 64
-    K: gl.constexpr = 32
-    V: gl.constexpr = 64
-    KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
-    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=KEYS, k_width=2)
-    ROWS_K: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
-    ROWS_V: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    NARROW: gl.constexpr = gl.NVMMASharedLayout(64, 16)
-    WIDE: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     pid = gl.program_id(0)
     flow = pid % 4
     h = pid // 4 % H
@@ -111,16 +101,16 @@ def states_kernel(
     for ahead in gl.static_range(STAGES - 1):
         copy_chunk(
             s_x, s_y, s_g, ahead, p_x, p_y, p_g, x_n, y_n, g_n, begin + sign * ahead, N,
-            ahead < steps, ROWS_K, ROWS_V,
+            ahead < steps,
         )  # fmt: skip
         async_copy.commit_group()
 
-    i = gl.arange(0, C, layout=gl.SliceLayout(1, LEFT))[:, None]
-    j = gl.arange(0, C, layout=gl.SliceLayout(0, LEFT))[None, :]
+    i = gl.arange(0, C, layout=gl.SliceLayout(1, LEFT_KEYS))[:, None]
+    j = gl.arange(0, C, layout=gl.SliceLayout(0, LEFT_KEYS))[None, :]
     # Tokens between i and the edge that the flow runs to; in dS token i's own gate counts, too.
     beyond = ((j - i) * sign > 0) | ((j == i) & of_grads)
     weights = gl.where(beyond, 1.0, 0.0).to(gl.bfloat16)
-    ones = gl.full([C, C], 1.0, gl.bfloat16, layout=LEFT)
+    ones = gl.full([C, C], 1.0, gl.bfloat16, layout=LEFT_KEYS)
     if pid == 0:
         up_i = gl.arange(0, C, layout=gl.SliceLayout(1, ROWS_V))[:, None]
         up_j = gl.arange(0, C, layout=gl.SliceLayout(0, ROWS_V))[None, :]
@@ -162,7 +152,7 @@ def states_kernel(
         later = step + STAGES - 1
         copy_chunk(
             s_x, s_y, s_g, later % STAGES, p_x, p_y, p_g, x_n, y_n, g_n, begin + sign * later, N,
-            later < steps, ROWS_K, ROWS_V,
+            later < steps,
         )  # fmt: skip
         async_copy.commit_group()
         state = warpgroup_mma_wait(0, deps=[state])

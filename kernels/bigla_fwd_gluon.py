@@ -24,13 +24,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from mmvig.kernels.bigla_fwd_edges import exact_kernel, scan_kernel, weights
 from mmvig.kernels.bigla_fwd_gluon_adds import adds_kernel
-from mmvig.kernels.bigla_gluon_tiles import copy_rows, held, held_pairs, store_rows, write_rows
+from mmvig.kernels.bigla_gluon_tiles import (
+    CHUNK,
+    KEYS,
+    LEFT_KEYS,
+    LEFT_TOKENS,
+    LOG2E,
+    NARROW,
+    TOKENS,
+    WIDE,
+    C,
+    K,
+    V,
+    copy_rows,
+    held,
+    held_pairs,
+    store_rows,
+    write_rows,
+)
 from mmvig.kernels.bigla_plan import make_plan
 from mmvig.kernels.bigla_tiles import strides
 from mmvig.kernels.grid import ceil_div, multiprocessors
 
-LOG2E = gl.constexpr(1.4426950408889634)
-CHUNK = 64
 HELD = 4  # chunks of a sequence that shared memory holds
 # Three programs a multiprocessor; two, where a sequence is held.
 LAUNCH = dict(num_warps=4, maxnreg=168)
@@ -41,24 +56,23 @@ LENGTHS = ((1.5, 1), (6, 2), (9, 3), (12, 4), (18, 6), (math.inf, 8))
 
 @gluon.jit
 def copy_left(
-    s_gb, s_k, s_v, slot, p_gb, p_k, p_v, gb_n, k_n, v_n, i_c, n, ROWS_K: gl.constexpr,
-    ROWS_V: gl.constexpr, z=0,
+    s_gb, s_k, s_v, slot, p_gb, p_k, p_v, gb_n, k_n, v_n, i_c, n, z=0,
 ):  # fmt: skip
     """Starts the copies of what the leftward state needs of chunk i_c of a segment of n tokens."""
     t = (i_c * 64 + z).to(gl.int64)
     left = n - i_c * 64
-    copy_rows(s_gb.index(slot), p_gb + t * gb_n, gb_n, left, ROWS_K, 32, z)
-    copy_rows(s_k.index(slot), p_k + t * k_n, k_n, left, ROWS_K, 32, z)
-    copy_rows(s_v.index(slot), p_v + t * v_n, v_n, left, ROWS_V, 64, z)
+    copy_rows(s_gb.index(slot), p_gb + t * gb_n, gb_n, left, 32, z)
+    copy_rows(s_k.index(slot), p_k + t * k_n, k_n, left, 32, z)
+    copy_rows(s_v.index(slot), p_v + t * v_n, v_n, left, 64, z)
 
 
 @gluon.jit
-def copy_rest(s_gf, s_q, stage, p_gf, p_q, gf_n, q_n, i_c, n, ROWS_K: gl.constexpr, z=0):
+def copy_rest(s_gf, s_q, stage, p_gf, p_q, gf_n, q_n, i_c, n, z=0):
     """As `copy_left`, of what the output needs beyond."""
     t = (i_c * 64 + z).to(gl.int64)
     left = n - i_c * 64
-    copy_rows(s_gf.index(stage), p_gf + t * gf_n, gf_n, left, ROWS_K, 32, z)
-    copy_rows(s_q.index(stage), p_q + t * q_n, q_n, left, ROWS_K, 32, z)
+    copy_rows(s_gf.index(stage), p_gf + t * gf_n, gf_n, left, 32, z)
+    copy_rows(s_q.index(stage), p_q + t * q_n, q_n, left, 32, z)
 
 
 @gluon.jit
@@ -81,17 +95,6 @@ def out_kernel(
     is one segment, and stays in shared memory. Products accumulate in float32.
     """
     SPACES: gl.constexpr = 2 if HAS_STATES else 4
-    C: gl.constexpr = 64
-    K: gl.constexpr = 32
-    V: gl.constexpr = 64
-    KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
-    TOKENS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    ROWS_K: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
-    ROWS_V: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    NARROW: gl.constexpr = gl.NVMMASharedLayout(64, 16)
-    WIDE: gl.constexpr = gl.NVMMASharedLayout(128, 16)
-    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=TOKENS, k_width=2)
-    LEFT_K: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=KEYS, k_width=2)
     pid = gl.program_id(0)
     h = pid % H
     i_s = pid // H % n_segments
@@ -120,22 +123,22 @@ def out_kernel(
     s_decayed = gl.allocate_shared_memory(gl.bfloat16, [C, K], NARROW)
     s_upto = gl.allocate_shared_memory(gl.bfloat16, [C, C], WIDE)
     steps = size - 1
-    copy_rows(s_upto, p_table, C, C, ROWS_V, C)
+    copy_rows(s_upto, p_table, C, C, C)
     last = steps % SPACES
-    copy_left(s_gb, s_k, s_v, last, p_gb, p_k, p_v, gb_n, k_n, v_n, steps, n, ROWS_K, ROWS_V)
+    copy_left(s_gb, s_k, s_v, last, p_gb, p_k, p_v, gb_n, k_n, v_n, steps, n)
     if not HAS_STATES:
         async_copy.commit_group()
         for chunk in gl.static_range(SPACES - 1):
             c = gl.to_tensor(chunk)
             if c < steps:
-                copy_left(s_gb, s_k, s_v, c, p_gb, p_k, p_v, gb_n, k_n, v_n, c, n, ROWS_K, ROWS_V)
+                copy_left(s_gb, s_k, s_v, c, p_gb, p_k, p_v, gb_n, k_n, v_n, c, n)
     if (steps == 0) | (not HAS_STATES):
-        copy_rest(s_gf, s_q, 0, p_gf, p_q, gf_n, q_n, steps * 0, n, ROWS_K)
+        copy_rest(s_gf, s_q, 0, p_gf, p_q, gf_n, q_n, steps * 0, n)
     async_copy.commit_group()
 
     none = gl.zeros([C, K], gl.float32, layout=KEYS)
     nothing = gl.zeros([C, V], gl.float32, layout=TOKENS)
-    ones = gl.full([C, C], 1.0, gl.bfloat16, layout=LEFT_K)
+    ones = gl.full([C, C], 1.0, gl.bfloat16, layout=LEFT_KEYS)
     row = gl.arange(0, V, layout=gl.SliceLayout(1, KEYS))[:, None]
     col = gl.arange(0, K, layout=gl.SliceLayout(0, KEYS))[None, :]
     at = row * K + col
@@ -167,12 +170,9 @@ def out_kernel(
             s_state.store(s_b.to(gl.bfloat16))
             # Into the memory of the step before, which all warps have left.
             later = (i_c - 1) % SPACES
-            copy_left(
-                s_gb, s_k, s_v, later, p_gb, p_k, p_v, gb_n, k_n, v_n, i_c - 1, n, ROWS_K, ROWS_V,
-                z,
-            )  # fmt: skip
+            copy_left(s_gb, s_k, s_v, later, p_gb, p_k, p_v, gb_n, k_n, v_n, i_c - 1, n, z)
             rest = gl.where(i_c == 1, n, 0)
-            copy_rest(s_gf, s_q, 0, p_gf, p_q, gf_n, q_n, i_c - 1, rest, ROWS_K, z)
+            copy_rest(s_gf, s_q, 0, p_gf, p_q, gf_n, q_n, i_c - 1, rest, z)
             async_copy.commit_group()
         else:
             s_sb.index(slot).store(s_b.to(gl.bfloat16))
@@ -184,7 +184,7 @@ def out_kernel(
         s_b = warpgroup_mma(s_v.index(slot).permute((1, 0)), s_decayed, s_b, is_async=True)
         if HAS_STATES:
             rows = gl.where(step > 0, V, 0)
-            store_rows(s_state, p_stack + i_c * (K * V), K, rows, ROWS_K, K, z)
+            store_rows(s_state, p_stack + i_c * (K * V), K, rows, K, z)
         s_b = warpgroup_mma_wait(0, deps=[s_b])
         if not HAS_STATES:
             async_copy.wait_group(0)
@@ -206,15 +206,12 @@ def out_kernel(
         total = warpgroup_mma(ones, s_kf, none, use_acc=False, is_async=True)
         # Into the memory of the step before, which all warps have left.
         rest = gl.where(i_c + 1 < size, n, 0)
-        copy_rest(s_gf, s_q, 1 - stage, p_gf, p_q, gf_n, q_n, i_c + 1, rest, ROWS_K, z)
+        copy_rest(s_gf, s_q, 1 - stage, p_gf, p_q, gf_n, q_n, i_c + 1, rest, z)
         if HAS_STATES:
             later = (i_c + 1) % SPACES
-            copy_left(
-                s_gb, s_k, s_v, later, p_gb, p_k, p_v, gb_n, k_n, v_n, i_c + 1, rest, ROWS_K,
-                ROWS_V, z,
-            )  # fmt: skip
+            copy_left(s_gb, s_k, s_v, later, p_gb, p_k, p_v, gb_n, k_n, v_n, i_c + 1, rest, z)
             rows = gl.minimum(rest, V)
-            copy_rows(s_sb.index(later), p_stack + (i_c + 1) * (K * V), K, rows, ROWS_K, K, z)
+            copy_rows(s_sb.index(later), p_stack + (i_c + 1) * (K * V), K, rows, K, z)
         async_copy.commit_group()
         bits_f, bits_b, total = warpgroup_mma_wait(0, deps=[bits_f, bits_b, total])
         if not HAS_STATES:
@@ -227,8 +224,8 @@ def out_kernel(
         s_kb.store(decayed(k, -bits_b))
         fence_async_shared()
         q = s_q.index(stage).load(KEYS)
-        q_f = gl.convert_layout(decayed(q, bits_f + bits), LEFT)
-        q_b_ = gl.convert_layout(decayed(q, bits_b + bits), LEFT)
+        q_f = gl.convert_layout(decayed(q, bits_f + bits), LEFT_TOKENS)
+        q_b_ = gl.convert_layout(decayed(q, bits_b + bits), LEFT_TOKENS)
         s_v_ = s_v.index(slot)
         a_f = warpgroup_mma(q_f, s_kf.permute((1, 0)), nothing, use_acc=False, is_async=True)
         o = warpgroup_mma(
@@ -244,11 +241,11 @@ def out_kernel(
         a_b = warpgroup_mma(q_b_, s_kb.permute((1, 0)), nothing, use_acc=False, is_async=True)
         a_b = warpgroup_mma_wait(0, deps=[a_b])
         a = a_f + gl.where(i <= j, a_b, masked).to(gl.bfloat16)
-        a = gl.convert_layout(a, LEFT)
+        a = gl.convert_layout(a, LEFT_TOKENS)
         o = warpgroup_mma(a, s_v_, o, is_async=True)
         o = warpgroup_mma_wait(0, deps=[o])
         p = p_o + (i_c * C + z).to(gl.int64) * (H * V)
-        write_rows(o.to(gl.bfloat16), s_v_, p, H * V, n - i_c * C, ROWS_V, V, z)
+        write_rows(o.to(gl.bfloat16), s_v_, p, H * V, n - i_c * C, V, z)
     if not HAS_STATES:
         gl.store(p_weakest + segment, gl.min(weakest, 0) * LOG2E)
 

@@ -13,23 +13,32 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mmvig.kernels.bigla_gluon_tiles import copy_rows, held, write_rows
-
-LOG2E = gl.constexpr(1.4426950408889634)
+from mmvig.kernels.bigla_gluon_tiles import (
+    KEYS,
+    LEFT_KEYS,
+    LOG2E,
+    NARROW,
+    WIDE,
+    C,
+    K,
+    V,
+    copy_rows,
+    held,
+    write_rows,
+)
 
 
 @gluon.jit
 def copy_chunk(
     s_k, s_v, s_gf, s_gb, stage, p_k, p_v, p_gf, p_gb, k_n, v_n, gf_n, gb_n, i_c, n, z,
-    ROWS_K: gl.constexpr, ROWS_V: gl.constexpr,
 ):  # fmt: skip
     """Starts the copies of chunk i_c of a segment of n tokens to their `stage`."""
     t = (i_c * 64 + z).to(gl.int64)
     left = n - i_c * 64
-    copy_rows(s_gf.index(stage), p_gf + t * gf_n, gf_n, left, ROWS_K, 32, z)
-    copy_rows(s_gb.index(stage), p_gb + t * gb_n, gb_n, left, ROWS_K, 32, z)
-    copy_rows(s_k.index(stage), p_k + t * k_n, k_n, left, ROWS_K, 32, z)
-    copy_rows(s_v.index(stage), p_v + t * v_n, v_n, left, ROWS_V, 64, z)
+    copy_rows(s_gf.index(stage), p_gf + t * gf_n, gf_n, left, 32, z)
+    copy_rows(s_gb.index(stage), p_gb + t * gb_n, gb_n, left, 32, z)
+    copy_rows(s_k.index(stage), p_k + t * k_n, k_n, left, 32, z)
+    copy_rows(s_v.index(stage), p_v + t * v_n, v_n, left, 64, z)
 
 
 @gluon.jit(do_not_specialize=['N', 'H', 'n_segments', 'n_chunks', 'chunks'])
@@ -44,15 +53,6 @@ def adds_kernel(
     B*H, segment, K) in bits and weakest (B*H, segment), the strongest decay of a chunk, float32;
     ahead (C, C) ones below the diagonal, bfloat16. Products accumulate in float32.
     """
-    C: gl.constexpr = 64
-    K: gl.constexpr = 32
-    V: gl.constexpr = 64
-    KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
-    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=KEYS, k_width=2)
-    ROWS_K: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
-    ROWS_V: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    NARROW: gl.constexpr = gl.NVMMASharedLayout(64, 16)
-    WIDE: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     pid = gl.program_id(0)
     h = pid % H
     i_s = pid // H % n_segments
@@ -71,15 +71,14 @@ def adds_kernel(
     s_k = gl.allocate_shared_memory(gl.bfloat16, [2, C, K], NARROW)
     s_v = gl.allocate_shared_memory(gl.bfloat16, [2, C, V], WIDE)
     s_ahead = gl.allocate_shared_memory(gl.bfloat16, [C, C], WIDE)
-    copy_rows(s_ahead, p_ahead, C, C, ROWS_V, C)
+    copy_rows(s_ahead, p_ahead, C, C, C)
     copy_chunk(
         s_k, s_v, s_gf, s_gb, 0, p_k, p_v, p_gf, p_gb, k_n, v_n, gf_n, gb_n, size * 0, n, 0,
-        ROWS_K, ROWS_V,
     )  # fmt: skip
     async_copy.commit_group()
 
     none = gl.zeros([C, K], gl.float32, layout=KEYS)
-    ones = gl.full([C, C], 1.0, gl.bfloat16, layout=LEFT)
+    ones = gl.full([C, C], 1.0, gl.bfloat16, layout=LEFT_KEYS)
     right = gl.zeros([V, K], gl.float32, layout=KEYS)
     left = gl.zeros([V, K], gl.float32, layout=KEYS)
     # All rows of totals are the same; the first is stored.
@@ -101,7 +100,7 @@ def adds_kernel(
         rest = gl.where(i_c + 1 < size, n, 0)
         copy_chunk(
             s_k, s_v, s_gf, s_gb, 1 - stage, p_k, p_v, p_gf, p_gb, k_n, v_n, gf_n, gb_n, i_c + 1,
-            rest, z, ROWS_K, ROWS_V,
+            rest, z,
         )  # fmt: skip
         async_copy.commit_group()
         own_f, own_b = warpgroup_mma_wait(0, deps=[own_f, own_b])
@@ -134,6 +133,6 @@ def adds_kernel(
     gl.store(p_decays + (flow + slot) * K + at, total_b, mask=at < K)
     each = gl.arange(0, V, layout=gl.SliceLayout(1, KEYS))
     gl.store(p_weakest + slot + each, weakest, mask=each == 0)
-    write_rows(right.to(gl.bfloat16), s_k.index(0), p_adds + slot * (K * V), K, 64, ROWS_K, K)
+    write_rows(right.to(gl.bfloat16), s_k.index(0), p_adds + slot * (K * V), K, 64, K)
     p_adds += (flow + slot) * (K * V)
-    write_rows(left.to(gl.bfloat16), s_k.index(1), p_adds, K, 64, ROWS_K, K)
+    write_rows(left.to(gl.bfloat16), s_k.index(1), p_adds, K, 64, K)
