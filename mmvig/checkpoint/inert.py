@@ -3,10 +3,14 @@
 `torch.load` takes this module as its `pickle_module`. What a training checkpoint holds beside its
 weights (a config object, an optimizer's, a logger's) becomes `Inert`: its class is neither imported
 nor called, and its state is dropped. `weights_only=True` would refuse the whole file instead.
+
+A file that names what only an attacker would have called, a program's start or `eval`, is refused.
+That list is not the defence, since nothing else is executed either: it tells the user.
 """
 
 import pickle
 from collections import OrderedDict
+from itertools import product
 from typing import IO, Any
 
 import torch
@@ -19,6 +23,31 @@ ALLOWED = {
     ('torch._utils', '_rebuild_tensor'): torch._utils._rebuild_tensor,
     ('torch._utils', '_rebuild_tensor_v2'): torch._utils._rebuild_tensor_v2,
 }
+# modules that start programs, run code or reach the system, with all in them; no checkpoint of
+# weights, settings and logs has a reason to name them
+FORBIDDEN_MODULES = frozenset(
+    (
+        *('os', 'posix', 'nt', 'sys', 'shutil', 'subprocess', 'pty', 'ctypes', 'socket'),
+        *('importlib', 'runpy', 'code', 'codeop', 'marshal', 'pickle', '_pickle', 'cPickle'),
+        *('bdb', 'pdb', 'timeit', 'profile', 'cProfile', 'pip', 'webbrowser', 'urllib', 'requests'),
+    )
+)
+# and functions, some of which read another pickle; not `getattr`, which mmengine's logs and
+# enums name, and which needs something forbidden to be of use
+FORBIDDEN = frozenset(
+    (
+        *product(
+            ('builtins', '__builtin__'),
+            ('eval', 'exec', 'execfile', 'compile', '__import__', 'open', 'input', 'breakpoint'),
+        ),
+        *product(('torch', 'torch.serialization', 'numpy', 'joblib.numpy_pickle'), ('load',)),
+        ('torch.storage', '_load_from_bytes'),
+    )
+)
+
+
+class ForbiddenError(ValueError):
+    """A pickle names what runs code where it is trusted."""
 
 
 class Inert:
@@ -56,7 +85,13 @@ class Unpickler(pickle._Unpickler):
     dispatch = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> object:
-        """The allowed object of that name, or `Inert`."""
+        """The allowed object of that name, or `Inert`.
+
+        Raises:
+            ForbiddenError: If it is one of those that run code.
+        """
+        if module.partition('.')[0] in FORBIDDEN_MODULES or (module, name) in FORBIDDEN:
+            raise ForbiddenError(f'{module}.{name}')
         return ALLOWED.get((module, name), Inert)
 
     def _drop_state(self) -> None:

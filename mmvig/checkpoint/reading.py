@@ -18,6 +18,7 @@ STATE_DICT_KEYS = ('model_ema', 'state_dict_ema', 'model', 'state_dict')
 WRAPPER_PREFIXES = ('module.', 'backbone.')
 ARCHIVE_START = b'PK\x03\x04'
 PICKLE_START = b'\x80'
+WEB_PAGE_STARTS = (b'<!doctype', b'<html', b'<?xml')
 TORCHSCRIPT_RECORD = 'constants.pkl'
 
 
@@ -28,7 +29,8 @@ def read_checkpoint(filename: str) -> Mapping:
     containers come back as `mmvig.checkpoint.inert.Inert`.
 
     Raises:
-        ValueError: If the file is truncated, damaged, or no checkpoint.
+        ValueError: If the file is truncated, damaged, no checkpoint, or would run code where it is
+            trusted.
         FileNotFoundError: If there is no such file.
     """
     try:
@@ -36,6 +38,12 @@ def read_checkpoint(filename: str) -> Mapping:
             content = _read(Path(path))
     except FileNotFoundError:
         raise FileNotFoundError(f'no checkpoint at {filename}') from None
+    except inert.ForbiddenError as error:
+        raise ValueError(
+            f'{filename} is refused: beside its data it holds a call of {error}, which runs code '
+            'where a file is trusted; nothing was run here. Get it from its authors, or have them '
+            'save its state dict alone'
+        ) from None
     except Exception as error:
         reason = ' '.join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
@@ -82,6 +90,8 @@ def _read(path: Path) -> object:
         return load_file(path)
     elif start.startswith(ARCHIVE_START):
         raise ValueError('its end is missing')
+    elif start.lstrip().lower().startswith(WEB_PAGE_STARTS):
+        raise ValueError('it is a web page, as a download that failed leaves it')
     elif not start.startswith(PICKLE_START) or tarfile.is_tarfile(path):
         raise ValueError(f'neither a file of torch.save nor safetensors: it starts with {start}')
     with path.open('rb') as file:  # a file, as torch would judge a path by its suffix
