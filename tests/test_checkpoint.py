@@ -25,11 +25,28 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_own_prefix(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ('stored', 'prefix'),
+    [
+        ('encoder.', 'encoder.'),
+        ('encoder.', 'encoder'),
+        ('backbone.', 'backbone.'),  # of a detector, as mmengine's users write it
+        ('module.backbone.', 'backbone'),
+        ('backbone.encoder.', 'encoder.'),
+    ],
+)
+def test_own_prefix(stored: str, prefix: str, tmp_path: Path) -> None:
     source, target = small_vig(), small_vig()
-    weights = {f'encoder.{k}': v for k, v in source.state_dict().items()}
-    load_pretrained(target, save(weights | {'other': torch.zeros(1)}, tmp_path), prefix='encoder.')
+    weights = {f'{stored}{k}': v for k, v in source.state_dict().items()}
+    other = {f'{stored.partition(".")[0]}2.weight': torch.zeros(1)}
+    load_pretrained(target, save(weights | other, tmp_path), prefix=prefix)
     assert same(source.state_dict(), target.state_dict())
+
+
+def test_a_prefix_of_nothing(tmp_path: Path) -> None:
+    file = save(small_vig().state_dict(), tmp_path)
+    with pytest.raises(ValueError, match=r'that start with encoder\.: pos_embed, .* more$'):
+        load_pretrained(small_vig(), file, prefix='encoder')
 
 
 def test_classifier_is_left_out_and_position_embedding_resized(tmp_path: Path) -> None:

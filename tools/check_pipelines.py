@@ -22,7 +22,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,13 @@ def parse_args() -> argparse.Namespace:
         'fall in few iterations',
     )
     parser.add_argument('--jobs', type=int, default=1, help='configs at a time')
+    parser.add_argument(
+        '--timeout',
+        type=float,
+        default=1800,
+        metavar='SECONDS',
+        help='for one config, which fails after it (default: %(default)s)',
+    )
     parser.add_argument('--float32', action='store_true', help='instead of bfloat16 on a GPU')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='for every config')
     parser.add_argument('--json', metavar='FILE', help='write all that was found')
@@ -209,13 +217,26 @@ def try_config(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def try_alone(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """`try_config` in a process that may die."""
+    """`try_config` in a process that may die, or not end in time."""
+    context = multiprocessing.get_context('spawn')
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, args, name))
+    print(f'{name} started', file=sys.stderr, flush=True)
+    process.start()
+    sender.close()
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as process:
-            return process.submit(try_config, args, name).result()
-    except Exception as error:  # as BrokenProcessPool
-        text = ' '.join(str(error).split())[:200]
-        return dict(config=name, error=f'{type(error).__name__}: {text}')
+        if receiver.poll(args.timeout):
+            return receiver.recv()
+        return dict(config=name, error=f'not done after {args.timeout} s (--timeout)')
+    except EOFError:
+        process.join()
+        return dict(config=name, error=f'its process died with status {process.exitcode}')
+    finally:
+        process.kill()
+
+
+def _send(sender: Connection, args: argparse.Namespace, name: str) -> None:
+    sender.send(try_config(args, name))
 
 
 def find_fault(row: dict[str, Any]) -> str | None:

@@ -57,6 +57,15 @@ def add_compile_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_prefix_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--prefix`, of names in a checkpoint."""
+    parser.add_argument(
+        '--prefix',
+        default='',
+        help="take the names that start with it alone, without it, as init_cfg's prefix does",
+    )
+
+
 def add_hook(cfg: Config, **hook: object) -> None:
     """Appends a hook to the config's own; a config that has one of that type keeps it."""
     hooks = cfg.get('custom_hooks') or []

@@ -20,6 +20,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('source', metavar='IN', help='checkpoint: .pth or .safetensors')
     parser.add_argument('target', metavar='OUT', help='file to write: .safetensors')
+    cli.add_prefix_argument(parser)
     return parser.parse_args()
 
 
@@ -42,7 +43,7 @@ def main() -> None:
     args = parse_args()
     target = Path(args.target)
     check_target(target)
-    state_dict = find_state_dict(read_checkpoint(args.source), args.source)
+    state_dict = find_state_dict(read_checkpoint(args.source), args.source, args.prefix)
     # safetensors refuses tensors that share memory
     tensors = {
         k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in state_dict.items()

@@ -40,6 +40,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('file', help='checkpoint: .pth or .safetensors, official or own')
     parser.add_argument('image', nargs='?', help='print the five likeliest ImageNet classes of it')
+    cli.add_prefix_argument(parser)
     return parser.parse_args()
 
 
@@ -143,7 +144,7 @@ def main() -> None:
         found = 'is a folder, not a file' if Path(args.file).is_dir() else 'does not exist'
         raise FileNotFoundError(f'checkpoint {args.file} {found}')
     checkpoint = read_checkpoint(args.file)
-    state_dict = find_state_dict(checkpoint, args.file)
+    state_dict = find_state_dict(checkpoint, args.file, args.prefix)
     key = weights_key(checkpoint)
     place = f'under {key!r}' if key else 'bare state dict'
     total = sum(t.numel() for t in state_dict.values())

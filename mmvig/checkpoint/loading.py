@@ -37,18 +37,14 @@ def load_pretrained(backbone: nn.Module, filename: str, prefix: str = '') -> Non
     Args:
         backbone: `ViG`, `ViGH`, `TimmViT`, or `ViTAdapter` around a trunk.
         filename: Path or URL. Bare state dict, or a training checkpoint that holds one.
-        prefix: Keep only the keys that start with it, and cut it off.
+        prefix: As of `find_state_dict`.
 
     Raises:
         ValueError: If the file cannot be read, does not fit, or holds NaN or infinity; names the
             first offending keys, and the network that the file is of.
         FileNotFoundError: If there is no such file.
     """
-    state_dict = find_state_dict(read_checkpoint(filename), filename)
-    if prefix:
-        state_dict = {
-            k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)
-        }
+    state_dict = find_state_dict(read_checkpoint(filename), filename, prefix)
     fitted = load_weights(backbone, state_dict, filename)
     own = _shapes(backbone.state_dict())
     left_out = f' ({first(fitted.left_out)})' if fitted.left_out else ''

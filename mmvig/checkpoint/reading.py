@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmvig.checkpoint import inert
+from mmvig.checkpoint.fitting import first
 
 # where a training checkpoint keeps its weights, the best first
 STATE_DICT_KEYS = ('model_ema', 'state_dict_ema', 'model', 'state_dict')
@@ -55,24 +56,42 @@ def read_checkpoint(filename: str) -> Mapping:
     return content
 
 
-def find_state_dict(checkpoint: Mapping, filename: str = 'checkpoint') -> dict[str, Tensor]:
+def find_state_dict(
+    checkpoint: Mapping, filename: str = 'checkpoint', prefix: str = ''
+) -> dict[str, Tensor]:
     """The state dict of a checkpoint, without the prefixes of wrappers around the backbone.
 
+    Args:
+        checkpoint: What the file holds.
+        filename: Its name, for the messages.
+        prefix: Take the names that start with it alone, without it, as mmengine does; a wrapper's
+            is the default.
+
     Raises:
-        ValueError: If it holds none.
+        ValueError: If it holds none, or no name with that prefix.
     """
     tensors = _tensors(checkpoint.get(weights_key(checkpoint), checkpoint))
     if not tensors:
         raise ValueError(f'{filename} holds no state dict, bare or under {STATE_DICT_KEYS}')
-    for prefix in WRAPPER_PREFIXES:
-        inner = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        tensors = inner or tensors
+    if prefix and not prefix.endswith('.'):
+        prefix += '.'
+    names = list(tensors)
+    for wrapper in ('', *WRAPPER_PREFIXES):
+        tensors = _within(tensors, wrapper) or tensors
+        if prefix and (wanted := _within(tensors, prefix)):
+            return wanted
+    if prefix:
+        raise ValueError(f'{filename} holds no names that start with {prefix}: {first(names)}')
     return tensors
 
 
 def weights_key(checkpoint: Mapping) -> str | None:
     """Key under which a checkpoint keeps its best weights; None where it is a bare state dict."""
     return next((key for key in STATE_DICT_KEYS if _tensors(checkpoint.get(key))), None)
+
+
+def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _tensors(content: object) -> dict[str, Tensor]:

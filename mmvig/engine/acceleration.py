@@ -1,6 +1,10 @@
 """Hooks that make the backbone of a training or test run faster."""
 
+import logging
+
+import torch
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
@@ -48,5 +52,11 @@ class CudaGraphHook(Hook):
         self.max_graphs, self.training = max_graphs, training
 
     def before_run(self, runner: Runner) -> None:
-        """Records at the second call with each size."""
+        """Records at the second call with each size; says so where there is no GPU to do that."""
+        if not torch.cuda.is_available():
+            print_log(
+                'CUDA graphs (--cuda-graph, CudaGraphHook) have no effect: PyTorch finds no GPU',
+                logger='current',
+                level=logging.WARNING,
+            )
         use_cuda_graphs(find_backbone(runner.model), self.max_graphs, self.training)

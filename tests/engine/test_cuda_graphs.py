@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmvig.engine import CudaGraphHook, CudaGraphs, use_cuda_graphs
+from mmvig.engine import CudaGraphHook, CudaGraphs, acceleration, use_cuda_graphs
 from mmvig.engine.cuda_graphs import _Recording
 from mmvig.models import ViTAdapter
 from tests.models.test_vit_adapter import small_adapter
@@ -137,6 +137,17 @@ def test_the_hook_finds_the_backbone_and_a_model_without_one_is_refused() -> Non
     model.backbone = Doubled()
     CudaGraphHook(max_graphs=3).before_run(runner)
     assert model.backbone._compiled_call_impl.max_graphs == 3
+
+
+@pytest.mark.parametrize('gpu', [False, True])
+def test_the_hook_says_that_it_needs_a_gpu(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpu)
+    monkeypatch.setattr(acceleration, 'print_log', lambda message, **kwargs: said.append(message))
+    model = nn.Module()
+    model.backbone = Doubled()
+    CudaGraphHook().before_run(type('Runner', (), dict(model=model)))
+    assert ['no effect' in message for message in said] == ([] if gpu else [True])
 
 
 def test_kept_weights_are_made_anew_before_a_replay() -> None:

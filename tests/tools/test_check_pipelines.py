@@ -1,6 +1,8 @@
 """check_pipelines.py: how it changes configs, its verdicts, and runs on tiny shapes."""
 
 import json
+import os
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +147,26 @@ def test_trains_evaluates_and_writes_tables(root: Path, tmp_path: Path) -> None:
     table = (tmp_path / 'found.md').read_text()
     assert table.index('/detector | ') < table.index('/segmentor | ')
     assert 'mIoU' in table and table.count('right |') == 2
+
+
+def sleep(*args: object) -> None:
+    time.sleep(60)
+
+
+def die(*args: object) -> None:
+    os._exit(3)
+
+
+@pytest.mark.parametrize(
+    ('send', 'timeout', 'error'),
+    [(sleep, 0.2, 'not done after 0.2 s'), (die, 60, 'died with status 3')],
+)
+def test_a_process_that_does_not_return(
+    send: Callable, timeout: float, error: str, tool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool, '_send', send)
+    found = tool.try_alone(Namespace(timeout=timeout), 'x.py')
+    assert found['config'] == 'x.py' and error in found['error']
 
 
 def test_mistakes_end_in_one_line(fail: Callable[..., str]) -> None:

@@ -51,6 +51,13 @@ def test_weights_stay_as_they_are(convert: Callable, tmp_path: Path) -> None:
     load_pretrained(small_vig(), str(tmp_path / 'out.safetensors'))
 
 
+def test_own_prefix(convert: Callable, tmp_path: Path) -> None:
+    weights = {f'encoder.{k}': v for k, v in small_vig().state_dict().items()}
+    torch.save(weights | {'neck.weight': torch.zeros(1)}, tmp_path / 'whole.pth')
+    convert(tmp_path / 'whole.pth', tmp_path / 'out.safetensors', '--prefix', 'encoder.')
+    load_pretrained(small_vig(), str(tmp_path / 'out.safetensors'))
+
+
 def test_what_is_refused(fail: Callable, tmp_path: Path) -> None:
     source, _ = write(tmp_path)
     target = tmp_path / 'out.safetensors'

@@ -90,6 +90,13 @@ def test_adapters_are_known_with_their_settings(functions: dict, network: str) -
     assert own == {k: v.shape for k, v in weights.items()}
 
 
+def test_own_prefix(verify: Callable, tmp_path: Path) -> None:
+    weights = MODELS.build(dict(type='ViG', arch='tiny')).state_dict()
+    content = {f'encoder.{k}': v for k, v in weights.items()} | {'neck.weight': torch.zeros(1)}
+    torch.save(content, tmp_path / 'whole.pth')
+    assert 'network     ViG tiny\n' in verify(tmp_path / 'whole.pth', '--prefix', 'encoder')
+
+
 def test_files_that_are_refused(fail: Callable, tmp_path: Path) -> None:
     file = write_vig(tmp_path)
     (tmp_path / 'cut.pth').write_bytes(file.read_bytes()[:5000])
@@ -100,6 +107,10 @@ def test_files_that_are_refused(fail: Callable, tmp_path: Path) -> None:
     assert 'tensor.pth holds no dict of weights' in fail(NAME, tmp_path / 'tensor.pth')
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / 'linear.pth')
     assert 'linear.pth is of none of the networks here' in fail(NAME, tmp_path / 'linear.pth')
+    bomb = b'\x80\x02}q\x00X\x01\x00\x00\x00acposix\nsystem\nX\x02\x00\x00\x00ls\x85Rs.'
+    (tmp_path / 'bomb.pth').write_bytes(bomb)
+    assert 'bomb.pth is refused: ' in fail(NAME, tmp_path / 'bomb.pth')
+    assert 'no names that start with neck.:' in fail(NAME, file, '--prefix', 'neck')
     other = write_vig(tmp_path, extra=torch.zeros(1))
     assert 'does not fit ViG tiny: unexpected: extra; all else fits' in fail(NAME, other)
 
