@@ -1,8 +1,8 @@
 """Checkpoints of others, and our own, into our backbones: strictly, or with one clear error.
 
-`reading` gets tensors out of a file and executes nothing that it holds, `fitting` renames and
-checks them (pure functions, dict to dict), `arch` tells which network they are of, and `loading`
-puts them into a backbone.
+`reading` gets tensors out of a file and executes nothing that it holds (`inert`; `harmful` lists
+what makes it refuse a file), `fitting` renames and checks them (pure functions, dict to dict),
+`arch` tells which network they are of, and `loading` puts them into a backbone.
 """
 
 from mmvig.checkpoint.arch import Arch, guess_arch

@@ -4,54 +4,28 @@
 weights (a config object, an optimizer's, a logger's) becomes `Inert`: its class is neither imported
 nor called, and its state is dropped. `weights_only=True` would refuse the whole file instead.
 
-A file that names what only an attacker would have called, a program's start or `eval`, is refused.
-That list is not the defence, since nothing else is executed either: it tells the user.
+A file that names what is known to run code (`mmvig.checkpoint.harmful`) is refused. It could not
+run it here either way: the refusal is a warning before the file is loaded by other means.
 """
 
 import pickle
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
-from itertools import product
 from typing import IO, Any
 
 import torch
 
-# the only objects that a file may name; storages are added by `torch.load`, as mere data types
-ALLOWED = {
-    ('collections', 'OrderedDict'): OrderedDict,
-    ('torch', 'Size'): torch.Size,
-    ('torch._utils', '_rebuild_parameter'): torch._utils._rebuild_parameter,
-    ('torch._utils', '_rebuild_tensor'): torch._utils._rebuild_tensor,
-    ('torch._utils', '_rebuild_tensor_v2'): torch._utils._rebuild_tensor_v2,
-}
-# modules that start programs, run code or reach the system, with all in them; no checkpoint of
-# weights, settings and logs has a reason to name them
-FORBIDDEN_MODULES = frozenset(
-    (
-        *('os', 'posix', 'nt', 'sys', 'shutil', 'subprocess', 'pty', 'ctypes', 'socket'),
-        *('importlib', 'runpy', 'code', 'codeop', 'marshal', 'pickle', '_pickle', 'cPickle'),
-        *('bdb', 'pdb', 'timeit', 'profile', 'cProfile', 'pip', 'webbrowser', 'urllib', 'requests'),
-    )
-)
-# and functions, some of which read another pickle; not `getattr`, which mmengine's logs and
-# enums name, and which needs something forbidden to be of use
-FORBIDDEN = frozenset(
-    (
-        *product(
-            ('builtins', '__builtin__'),
-            ('eval', 'exec', 'execfile', 'compile', '__import__', 'open', 'input', 'breakpoint'),
-        ),
-        *product(('torch', 'torch.serialization', 'numpy', 'joblib.numpy_pickle'), ('load',)),
-        ('torch.storage', '_load_from_bytes'),
-    )
-)
+from mmvig.checkpoint.harmful import is_harmful
 
 
-class ForbiddenError(ValueError):
-    """A pickle names what runs code where it is trusted."""
+class Refusal(ValueError):
+    """Says why a file is refused, in words that go on after its name."""
 
 
 class Inert:
     """Stands for any other class, function or object, takes all that a pickle does to one."""
+
+    dump_patches = False  # torch.load asks classes of modules in files of the old format
 
     def __new__(cls, *args: object, **kwargs: object) -> 'Inert':
         return super().__new__(cls)
@@ -75,24 +49,75 @@ class Inert:
         """Drops an item of a set."""
 
 
+def spell(module: str, name: str) -> str:
+    """A name from a file, fit for a message: short, in one line, without control characters."""
+    return ascii(f'{module}.{name}'[:100])[1:-1]
+
+
+def _stand_in(module: str, name: str) -> type[Inert]:
+    """A kind of `Inert` for what a file names, and by that name.
+
+    Raises:
+        Refusal: If that is known to run code.
+    """
+    if is_harmful(module, name):
+        raise Refusal(
+            f'names {spell(module, name)}, which can run code or change files where it is loaded '
+            'as a pickle; it is refused, and nothing in it was executed: get the weights from a '
+            'source that you trust, best as safetensors, and open this file in a sandbox only'
+        )
+    return type('Inert', (Inert,), dict(__module__=module, __qualname__=name))
+
+
+def _attribute(owner: object, name: object, *default: object) -> type[Inert]:
+    """Stands for `getattr`, with which pickles name methods."""
+    named = owner if hasattr(owner, '__qualname__') else type(owner)
+    return _stand_in(named.__module__, f'{named.__qualname__}.{name}')
+
+
+# the only objects that a file may name; storages are added by `torch.load`, as mere data types
+ALLOWED = {
+    ('builtins', 'getattr'): _attribute,
+    ('collections', 'OrderedDict'): OrderedDict,
+    ('torch', 'Size'): torch.Size,
+    ('torch._utils', '_rebuild_parameter'): torch._utils._rebuild_parameter,
+    ('torch._utils', '_rebuild_tensor'): torch._utils._rebuild_tensor,
+    ('torch._utils', '_rebuild_tensor_v2'): torch._utils._rebuild_tensor_v2,
+}
+
+
 class Unpickler(pickle._Unpickler):
     """Unpickler that imports nothing, calls what `ALLOWED` lists, and sets no attributes.
 
     The class in Python, not the one in C: there, a file could still set attributes of the allowed
     functions and classes.
+
+    Args:
+        file: What is read.
+        foreign: Takes the names of what `Inert` stands for.
+        kwargs: As of `pickle.Unpickler`.
     """
 
     dispatch = dict(pickle._Unpickler.dispatch)
 
+    def __init__(self, file: IO[bytes], *, foreign: set[str], **kwargs: Any) -> None:
+        super().__init__(file, **kwargs)
+        self._foreign = foreign
+
     def find_class(self, module: str, name: str) -> object:
-        """The allowed object of that name, or `Inert`.
+        """The allowed object of that name, or a kind of `Inert`.
 
         Raises:
-            ForbiddenError: If it is one of those that run code.
+            Refusal: If the name is known to run code.
         """
-        if module.partition('.')[0] in FORBIDDEN_MODULES or (module, name) in FORBIDDEN:
-            raise ForbiddenError(f'{module}.{name}')
-        return ALLOWED.get((module, name), Inert)
+        if self.proto < 3:  # as pickle does: Python 2's names
+            module, name = NAME_MAPPING.get((module, name), (module, name))
+            module = IMPORT_MAPPING.get(module, module)
+        if (module, name) in ALLOWED:
+            return ALLOWED[module, name]
+        found = _stand_in(module, name)
+        self._foreign.add(spell(module, name))
+        return found
 
     def _drop_state(self) -> None:
         self.stack.pop()
@@ -101,5 +126,5 @@ class Unpickler(pickle._Unpickler):
 
 
 def load(file: IO[bytes], **kwargs: Any) -> object:
-    """As `pickle.load`."""
+    """As `pickle.load`; keyword arguments are those of `Unpickler`."""
     return Unpickler(file, **kwargs).load()

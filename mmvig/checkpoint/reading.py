@@ -1,17 +1,20 @@
 """Reads checkpoint files, executing nothing that they hold, and finds the weights in them."""
 
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from mmengine.fileio import get_local_path
+from mmengine.logging import MMLogger
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mmvig.checkpoint import inert
 from mmvig.checkpoint.fitting import first
+from mmvig.checkpoint.inert import Refusal
 
 # where a training checkpoint keeps its weights, the best first
 STATE_DICT_KEYS = ('model_ema', 'state_dict_ema', 'model', 'state_dict')
@@ -27,24 +30,21 @@ def read_checkpoint(filename: str) -> Mapping:
     """Reads a checkpoint (`torch.save`, new or old format, or safetensors) from a path or URL.
 
     Nothing that the file holds is imported or called; other objects than tensors and plain
-    containers come back as `mmvig.checkpoint.inert.Inert`.
+    containers come back as `mmvig.checkpoint.inert.Inert`, and the log names them.
 
     Raises:
-        ValueError: If the file is truncated, damaged, no checkpoint, or would run code where it is
-            trusted.
+        ValueError: If the file is truncated, damaged, or no checkpoint, or names what is known to
+            run code (`mmvig.checkpoint.harmful`), with weights beside it or without.
         FileNotFoundError: If there is no such file.
     """
+    foreign = set()
     try:
         with get_local_path(filename) as path:
-            content = _read(Path(path))
+            content = _read(Path(path), foreign)
     except FileNotFoundError:
         raise FileNotFoundError(f'no checkpoint at {filename}') from None
-    except inert.ForbiddenError as error:
-        raise ValueError(
-            f'{filename} is refused: beside its data it holds a call of {error}, which runs code '
-            'where a file is trusted; nothing was run here. Get it from its authors, or have them '
-            'save its state dict alone'
-        ) from None
+    except Refusal as refusal:
+        raise ValueError(f'{filename} {refusal}') from None
     except Exception as error:
         reason = ' '.join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
@@ -53,6 +53,10 @@ def read_checkpoint(filename: str) -> Mapping:
         ) from None
     if not isinstance(content, Mapping):
         raise ValueError(f'{filename} holds no dict of weights but an object of another type')
+    if foreign:
+        MMLogger.get_current_instance().info(
+            f'{filename}: not read, and not executed: {first(sorted(foreign))}'
+        )
     return content
 
 
@@ -100,7 +104,7 @@ def _tensors(content: object) -> dict[str, Tensor]:
     return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
 
-def _read(path: Path) -> object:
+def _read(path: Path, foreign: set[str]) -> object:
     with path.open('rb') as file:
         start = file.read(16)
     if zipfile.is_zipfile(path):
@@ -113,8 +117,12 @@ def _read(path: Path) -> object:
         raise ValueError('it is a web page, as a download that failed leaves it')
     elif not start.startswith(PICKLE_START) or tarfile.is_tarfile(path):
         raise ValueError(f'neither a file of torch.save nor safetensors: it starts with {start}')
-    with path.open('rb') as file:  # a file, as torch would judge a path by its suffix
-        return torch.load(file, map_location='cpu', weights_only=False, pickle_module=inert)
+    # a file, as torch would judge a path by its suffix
+    with path.open('rb') as file, warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # old files hold modules' source code, ours have none
+        return torch.load(
+            file, map_location='cpu', weights_only=False, pickle_module=inert, foreign=foreign
+        )
 
 
 def _check_archive(path: Path) -> None:
