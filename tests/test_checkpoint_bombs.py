@@ -46,7 +46,7 @@ BOMBS = {
     'os': (lambda crater: Call(os.mkdir, crater), 'posix.mkdir'),
     'exec': (lambda crater: Call(exec, f'import os; os.mkdir({crater!r})'), 'builtins.exec'),
     'eval': (lambda crater: Call(eval, f'__import__("os").mkdir({crater!r})'), 'builtins.eval'),
-    'open': (lambda crater: Call(open, crater, 'w'), 'io.open'),
+    'open': (lambda crater: Call(open, crater, 'w'), f'{open.__module__}.open'),
     'subprocess': (lambda crater: Call(subprocess.run, ['mkdir', crater]), 'subprocess.run'),
     'import': (
         lambda crater: Call(Call(getattr, Call(__import__, 'os'), 'mkdir'), crater),

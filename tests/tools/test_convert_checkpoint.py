@@ -1,5 +1,6 @@
 """tools/convert_checkpoint.py: the same weights in safetensors, nothing overwritten."""
 
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from safetensors import safe_open
 
 from mmvig.checkpoint import load_pretrained
 from tests.models.test_vig import small_vig
+from tests.test_checkpoint_bombs import Call
 from tests.tools.conftest import TOOLS
 
 NAME = 'convert_checkpoint.py'
@@ -56,6 +58,14 @@ def test_own_prefix(convert: Callable, tmp_path: Path) -> None:
     torch.save(weights | {'neck.weight': torch.zeros(1)}, tmp_path / 'whole.pth')
     convert(tmp_path / 'whole.pth', tmp_path / 'out.safetensors', '--prefix', 'encoder.')
     load_pretrained(small_vig(), str(tmp_path / 'out.safetensors'))
+
+
+def test_a_file_that_would_run_code_is_refused(fail: Callable, tmp_path: Path) -> None:
+    source, weights = write(tmp_path)
+    torch.save({'model': weights, 'config': [Call(os.mkdir, str(tmp_path / 'crater'))]}, source)
+    line = fail(NAME, source, tmp_path / 'out.safetensors')
+    assert 'in.pth names posix.mkdir' in line and 'nothing in it was executed' in line
+    assert [path.name for path in tmp_path.iterdir()] == ['in.pth']
 
 
 def test_what_is_refused(fail: Callable, tmp_path: Path) -> None:

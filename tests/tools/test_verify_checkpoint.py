@@ -1,5 +1,6 @@
 """tools/verify_checkpoint.py: networks, coverage, checksums, classes, and one-line refusals."""
 
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from PIL import Image
 
 from mmvig.checkpoint import guess_arch, load_weights
 from tests import parity
+from tests.test_checkpoint_bombs import Call
 from tests.tools.conftest import TOOLS
 
 NAME = 'verify_checkpoint.py'
@@ -107,12 +109,17 @@ def test_files_that_are_refused(fail: Callable, tmp_path: Path) -> None:
     assert 'tensor.pth holds no dict of weights' in fail(NAME, tmp_path / 'tensor.pth')
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / 'linear.pth')
     assert 'linear.pth is of none of the networks here' in fail(NAME, tmp_path / 'linear.pth')
-    bomb = b'\x80\x02}q\x00X\x01\x00\x00\x00acposix\nsystem\nX\x02\x00\x00\x00ls\x85Rs.'
-    (tmp_path / 'bomb.pth').write_bytes(bomb)
-    assert 'bomb.pth names posix.system, which can run code' in fail(NAME, tmp_path / 'bomb.pth')
     assert 'no names that start with neck.:' in fail(NAME, file, '--prefix', 'neck')
     other = write_vig(tmp_path, extra=torch.zeros(1))
     assert 'does not fit ViG tiny: unexpected: extra; all else fits' in fail(NAME, other)
+
+
+def test_a_file_that_would_run_code_is_refused(fail: Callable, tmp_path: Path) -> None:
+    content = torch.load(write_vig(tmp_path)) | {'config': [Call(os.mkdir, str(tmp_path / 'out'))]}
+    torch.save(content, tmp_path / 'bomb.pth')
+    line = fail(NAME, tmp_path / 'bomb.pth')
+    assert 'bomb.pth names posix.mkdir' in line and 'nothing in it was executed' in line
+    assert not (tmp_path / 'out').exists()
 
 
 def test_images_that_are_refused(fail: Callable, tmp_path: Path) -> None:
