@@ -156,7 +156,8 @@ def shorten(cfg: Config, iterations: int, float32: bool) -> None:
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.update(num_workers=2, persistent_workers=True)
     wrapper = cfg.optim_wrapper
-    wrapper.update(type='OptimWrapper', optimizer=dict(type='AdamW', lr=2e-4, weight_decay=0.05))
+    wrapper.type = 'OptimWrapper'
+    wrapper.optimizer = dict(type='AdamW', lr=2e-4, weight_decay=0.05)  # update() would merge
     if not float32:
         take_bfloat16(cfg)
     cfg.param_scheduler = [dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=WARM_UP)]

@@ -81,6 +81,13 @@ def test_every_pipeline_is_changed_to_the_data(name: str, tool, root: Path) -> N
         assert '150' not in Config(cfg.model).pretty_text
 
 
+def test_another_optimizer_leaves_no_settings(tool) -> None:
+    cfg = Config.fromfile(ROOT / 'configs/detection/vig_t_retinanet.py')
+    cfg.optim_wrapper.optimizer = dict(type='SGD', lr=0.01, momentum=0.9)
+    tool.shorten(cfg, 20, float32=True)
+    assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=2e-4, weight_decay=0.05)
+
+
 def row(losses: list[float], **changed: object) -> dict:
     found = dict(config='configs/detection/x.py', error=None, losses=losses, metrics={}, seconds=1)
     return found | changed
