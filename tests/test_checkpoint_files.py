@@ -179,7 +179,6 @@ def truncated_safetensors() -> bytes:
         (flipped_bit, r'the checksum of its record .*/data/\d+ is wrong'),
         (truncated_safetensors, 'truncated or damaged'),
         (torchscript, 'it is a TorchScript program'),
-        (lambda: b'<!DOCTYPE html><html>not found</html>', 'it is a web page'),
         (lambda: b'', 'it starts with'),
         (lambda: pickle.dumps([1, 2]), 'truncated or damaged'),
     ],
@@ -190,7 +189,6 @@ def truncated_safetensors() -> bytes:
         'flipped bit',
         'truncated safetensors',
         'TorchScript',
-        'web page',
         'empty',
         'bare pickle',
     ],
@@ -202,6 +200,24 @@ def test_damaged_files(content, reason: str, tmp_path: Path) -> None:
         load_pretrained(small_vig(), str(file))
     assert str(error.value).startswith(f'{file} cannot be read as a checkpoint')
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('content', 'kind'),
+    [
+        (b'\xef\xbb\xbf\n<!DOCTYPE html><html>not found</html>', 'an HTML page'),
+        (b'<html><title>caf\xe9</title></html>', 'an HTML page'),
+        (b'version https://git-lfs.github.com/spec/v1\noid sha256:0\n', 'text'),
+        (('x' * 255 + '\u00e9').encode(), 'text'),
+        (b'{"error": "Access to this repository is restricted"}', 'text'),
+    ],
+)
+@pytest.mark.parametrize('name', ['weights.pth', 'weights.safetensors'])
+def test_failed_downloads(content: bytes, kind: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    message = rf'^{tmp_path / name} is {kind}, not a checkpoint, .*: download it again$'
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(str(tmp_path / name))
 
 
 def test_missing_file(tmp_path: Path) -> None:

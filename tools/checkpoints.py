@@ -10,6 +10,8 @@ import torch
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
+from mmvig.checkpoint import text_kind
+
 
 def allow_mmengine_checkpoints() -> None:
     """Lets `torch.load(weights_only=True)` read the logs that mmengine stores with the weights.
@@ -80,6 +82,8 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def _unreadable(path: str | Path) -> str:
+    if kind := text_kind(path):
+        return f'checkpoint {path} is {kind}, as after a failed download; fetch it again'
     size = Path(path).stat().st_size
     return f'checkpoint {path} ({size} bytes) is truncated or no checkpoint; fetch it again'
 

@@ -8,7 +8,12 @@ what makes it refuse a file), `fitting` renames and checks them (pure functions,
 from mmvig.checkpoint.arch import Arch, guess_arch
 from mmvig.checkpoint.fitting import fit_state_dict, own_names
 from mmvig.checkpoint.loading import init_pretrained, load_pretrained, load_weights
-from mmvig.checkpoint.reading import find_state_dict, read_checkpoint, weights_key
+from mmvig.checkpoint.reading import (
+    find_state_dict,
+    read_checkpoint,
+    text_kind,
+    weights_key,
+)
 
 __all__ = [
     'Arch',
@@ -20,5 +25,6 @@ __all__ = [
     'load_weights',
     'own_names',
     'read_checkpoint',
+    'text_kind',
     'weights_key',
 ]

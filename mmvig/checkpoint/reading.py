@@ -1,5 +1,6 @@
 """Reads checkpoint files, executing nothing that they hold, and finds the weights in them."""
 
+import codecs
 import tarfile
 import warnings
 import zipfile
@@ -22,7 +23,7 @@ STATE_DICT_KEYS = ('model_ema', 'state_dict_ema', 'model', 'state_dict')
 WRAPPER_PREFIXES = ('module.', 'backbone.')
 ARCHIVE_START = b'PK\x03\x04'
 PICKLE_START = b'\x80'
-WEB_PAGE_STARTS = (b'<!doctype', b'<html', b'<?xml')
+TEXT_START = 256  # bytes that tell text
 TORCHSCRIPT_RECORD = 'constants.pkl'
 
 
@@ -104,7 +105,22 @@ def _tensors(content: object) -> dict[str, Tensor]:
     return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
 
+def text_kind(path: str | Path) -> str | None:
+    """'an HTML page' or 'text' where a file is that, as after a failed download; None elsewhere."""
+    with open(path, 'rb') as file:
+        start = file.read(TEXT_START).removeprefix(codecs.BOM_UTF8)
+    if start.lstrip().lower().startswith((b'<!doctype html', b'<html')):
+        return 'an HTML page'
+    try:
+        text = codecs.getincrementaldecoder('utf-8')().decode(start)
+    except UnicodeDecodeError:
+        return None
+    return 'text' if text and all(c.isprintable() or c.isspace() for c in text) else None
+
+
 def _read(path: Path, foreign: set[str]) -> object:
+    if kind := text_kind(path):
+        raise Refusal(f'is {kind}, not a checkpoint, as after a failed download: download it again')
     with path.open('rb') as file:
         start = file.read(16)
     if zipfile.is_zipfile(path):
@@ -113,8 +129,6 @@ def _read(path: Path, foreign: set[str]) -> object:
         return load_file(path)
     elif start.startswith(ARCHIVE_START):
         raise ValueError('its end is missing')
-    elif start.lstrip().lower().startswith(WEB_PAGE_STARTS):
-        raise ValueError('it is a web page, as a download that failed leaves it')
     elif not start.startswith(PICKLE_START) or tarfile.is_tarfile(path):
         raise ValueError(f'neither a file of torch.save nor safetensors: it starts with {start}')
     # a file, as torch would judge a path by its suffix

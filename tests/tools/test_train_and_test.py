@@ -146,6 +146,9 @@ def test_checkpoints_that_do_not_fit_are_refused(fail, trained: Run, tmp_path: P
     truncated = tmp_path / 'truncated.pth'
     truncated.write_bytes(trained.checkpoint.read_bytes()[:5000])
     assert 'truncated.pth (5000 bytes)' in fail('test.py', trained.config, truncated, *work_dir)
+    page = tmp_path / 'page.pth'
+    page.write_text('<html><body>not found</body></html>')
+    assert 'page.pth is an HTML page' in fail('test.py', trained.config, page, *work_dir)
     assert 'nowhere.pth' in fail('test.py', trained.config, 'nowhere.pth', *work_dir)
     small = ['--cfg-options', 'model.backbone.trunk.arch=small']
     for command in (
