@@ -37,6 +37,7 @@ from mmvig.kernels.bigla_gluon_tiles import (
     K,
     V,
     copy_rows,
+    decayed,
     held,
     held_pairs,
     store_rows,
@@ -73,12 +74,6 @@ def copy_rest(s_gf, s_q, stage, p_gf, p_q, gf_n, q_n, i_c, n, z=0):
     left = n - i_c * 64
     copy_rows(s_gf.index(stage), p_gf + t * gf_n, gf_n, left, 32, z)
     copy_rows(s_q.index(stage), p_q + t * q_n, q_n, left, 32, z)
-
-
-@gluon.jit
-def decayed(x, bits):
-    """x times 2 to the `bits`, bfloat16."""
-    return x * gl.exp2(bits).to(gl.bfloat16)
 
 
 @gluon.jit(do_not_specialize=['N', 'H', 'n_segments', 'n_chunks', 'chunks'])

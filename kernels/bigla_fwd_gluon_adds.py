@@ -23,6 +23,7 @@ from mmvig.kernels.bigla_gluon_tiles import (
     K,
     V,
     copy_rows,
+    decayed,
     held,
     write_rows,
 )
@@ -114,8 +115,8 @@ def adds_kernel(
         c, d = warpgroup_mma_wait(0, deps=[c, d])
         # Where the gates were.
         k = s_k.index(stage).load(KEYS)
-        s_kf.store(k * gl.exp2(c * LOG2E).to(gl.bfloat16))
-        s_kb.store(k * gl.exp2(d * LOG2E).to(gl.bfloat16))
+        s_kf.store(decayed(k, c * LOG2E))
+        s_kb.store(decayed(k, d * LOG2E))
         fence_async_shared()
         y = s_v.index(stage).permute((1, 0))
         right = warpgroup_mma(y, s_kf, right, is_async=True)

@@ -54,6 +54,12 @@ def store_rows(x, p, stride, n, D: gl.constexpr, z=0):
 
 
 @gluon.jit
+def decayed(x, bits):
+    """x times 2 to the `bits`, bfloat16."""
+    return x * gl.exp2(bits).to(gl.bfloat16)
+
+
+@gluon.jit
 def held(x):
     """float32 x, computed here: the compiler would delay it, and hold what it is made of."""
     return gl.inline_asm_elementwise(

@@ -5,6 +5,14 @@ answers for `mmcv._ext` where mmcv has no compiled operators, and registers ever
 mmengine's root registries, where every OpenMMLab library looks.
 """
 
+from importlib.util import find_spec
+
+if find_spec('mmvig.kernels') is None:
+    raise ImportError(
+        f'{__path__[0]} is a checkout without its kernels, found instead of the installed mmvig: '
+        "start Python in another folder, or install with pip install -e '.[mm]'"
+    )
+
 from mmvig import mmcv_ext
 from mmvig.version import __version__
 

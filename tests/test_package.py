@@ -160,3 +160,15 @@ def test_model_index_names_every_config() -> None:
 def test_version_is_the_distribution_s(wheel: Path) -> None:
     version = runpy.run_path(str(ROOT / 'mmvig' / 'version.py'))['__version__']
     assert wheel.name == f'mmvig-{version}-py3-none-any.whl'
+
+
+def test_a_checkout_without_kernels_says_what_to_do(tmp_path: Path) -> None:
+    """As Python finds it in the root of a checkout, where mmvig is installed by `pip install .`."""
+    code = (
+        'import importlib.util as util, sys\n'
+        'util.find_spec = lambda name: None\n'
+        'try: import mmvig\n'
+        'except ImportError as error: print(error)'
+    )
+    said = run_python('-c', code, cwd=tmp_path)
+    assert 'checkout without its kernels' in said and 'start Python in another folder' in said

@@ -39,6 +39,7 @@ from mmvig.datasets import check_data
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 WARM_UP = 10  # iterations
 MEAN_OF = 5  # iterations, at both ends
+POLL = 0.5  # seconds between looks at a process
 METRICS = ('coco/bbox_mAP', 'coco/segm_mAP', 'mIoU')
 
 
@@ -59,7 +60,7 @@ def parse_args() -> argparse.Namespace:
         type=int,
         default=52,
         help=f'at least {WARM_UP + 2 * MEAN_OF} (default: %(default)s); about 2 seconds each on '
-        'two CPU cores, and a line is printed when a config is done',
+        'two CPU cores, and a line is printed when a config starts and when it is done',
     )
     parser.add_argument(
         '--images',
@@ -225,15 +226,20 @@ def try_alone(args: argparse.Namespace, name: str) -> dict[str, Any]:
     print(f'{name} started', file=sys.stderr, flush=True)
     process.start()
     sender.close()
+    end = time.monotonic() + args.timeout
     try:
-        if receiver.poll(args.timeout):
-            return receiver.recv()
-        return dict(config=name, error=f'not done after {args.timeout} s (--timeout)')
-    except EOFError:
+        # A loader's workers that outlive the process hold the pipe open, so it has no end then.
+        while process.is_alive() and not receiver.poll(POLL):
+            if time.monotonic() > end:
+                return dict(config=name, error=f'not done after {args.timeout} s (--timeout)')
+        with contextlib.suppress(EOFError):
+            if receiver.poll():
+                return receiver.recv()
         process.join()
         return dict(config=name, error=f'its process died with status {process.exitcode}')
     finally:
         process.kill()
+        process.join()
 
 
 def _send(sender: Connection, args: argparse.Namespace, name: str) -> None:
@@ -310,6 +316,8 @@ def main() -> None:
         raise ValueError(f'--iterations must be at least {least}, got {args.iterations}')
     if args.jobs < 1 or args.images < 1:
         raise ValueError(f'--jobs and --images must be at least 1, got {args.jobs}, {args.images}')
+    if args.timeout <= 0:
+        raise ValueError(f'--timeout must be positive, got {args.timeout}')
     rows = []
     for row in run_all(args):
         rows.append(row)

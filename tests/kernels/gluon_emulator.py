@@ -162,6 +162,13 @@ class Function:
             assert not Machine.products and not Machine.copies
 
 
+class NoKernel:
+    """Stands for a kernel that is to do nothing."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
 def jit(source: Callable | None = None, do_not_specialize: Sequence[str] = ()) -> Callable:
     """`gluon.jit`, with arguments or without."""
     return Function(source) if source else Function

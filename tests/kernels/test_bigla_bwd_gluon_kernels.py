@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .gluon_emulator import emulated
+from .gluon_emulator import NoKernel, emulated
 from .test_bigla_bwd_kernels import assert_close
 from .test_bigla_kernels import GPU, expect, make_inputs
 from .test_bigla_kernels import _poison as _poison  # a fixture
@@ -44,6 +44,15 @@ def test_matches_the_definition(tokens: int) -> None:
 @pytest.mark.parametrize('chunks', [1, 2, 100])
 def test_any_segment_length(chunks: int) -> None:
     check(make_inputs((2, 200, 1, KEY), VALUE, 'network', DTYPE), chunks)
+
+
+@pytest.mark.parametrize('chunks', [1, 2, 100])
+def test_weak_gates_do_not_need_the_exact_form(
+    chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes what is not a number, too, and would hide a tile that was never copied."""
+    monkeypatch.setattr(bigla_bwd_gluon, 'grad_kernel', NoKernel())
+    check(make_inputs((1, 200, 1, KEY), VALUE, 'network', DTYPE), chunks)
 
 
 @pytest.mark.parametrize('chunks', [1, 2, 100])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .gluon_emulator import emulated
+from .gluon_emulator import NoKernel, emulated
 from .test_bigla_kernels import GATES, GPU, TOLERANCE, expect, make_inputs
 from .test_bigla_kernels import _poison as _poison  # a fixture
 
@@ -57,6 +57,15 @@ def test_any_gates(kind: str, chunks: int) -> None:
 @pytest.mark.parametrize('chunks', [2, 3, 5])
 def test_any_segment_length(chunks: int) -> None:
     check(make_inputs((2, 390, 1, KEY), VALUE, 'network', DTYPE), chunks)
+
+
+@pytest.mark.parametrize(('tokens', 'chunks'), [(256, 4), (257, 5), (200, 1), (390, 3)])
+def test_weak_gates_do_not_need_the_exact_form(
+    tokens: int, chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes what is not a number, too, and would hide a tile that was never copied."""
+    monkeypatch.setattr(bigla_fwd_gluon, 'exact_kernel', NoKernel())
+    check(make_inputs((1, tokens, 1, KEY), VALUE, 'network', DTYPE), chunks)
 
 
 @pytest.mark.parametrize('chunks', [1, 2, 100])

@@ -16,6 +16,8 @@ from tests.kernels.interpreter import DEVICE, GPU, skip_without_kernels
 
 skip_without_kernels()
 
+import triton.language as tl  # noqa: E402
+
 from mmvig.kernels.bigla_bwd import backward  # noqa: E402
 from mmvig.kernels.bigla_fwd import forward  # noqa: E402
 from mmvig.kernels.bigla_plan import choose_chunks, make_plan  # noqa: E402
@@ -192,3 +194,13 @@ def test_tf32_has_no_chunks_of_64_tokens() -> None:
         assert make_plan(q.half(), v.half()).chunk <= 32
         assert make_plan(q, v).chunk <= 32
     assert make_plan(q.bfloat16()[..., :32], v.bfloat16()).chunk == 64
+
+
+def test_the_forward_alone_takes_tf32_at_16_key_channels() -> None:
+    q, v = torch.empty(1, 300, 1, 32).bfloat16(), torch.empty(1, 300, 1, 64).bfloat16()
+    for dk, grads, op in (
+        (16, False, tl.float32),
+        (16, True, tl.bfloat16),
+        (32, False, tl.bfloat16),
+    ):
+        assert make_plan(q[..., :dk], v, grads=grads).op == op

@@ -164,9 +164,19 @@ def die(*args: object) -> None:
     os._exit(3)
 
 
+def die_before_a_child(*args: object) -> None:
+    if os.fork():
+        os._exit(3)
+    time.sleep(20)
+
+
 @pytest.mark.parametrize(
     ('send', 'timeout', 'error'),
-    [(sleep, 0.2, 'not done after 0.2 s'), (die, 60, 'died with status 3')],
+    [
+        (sleep, 0.2, 'not done after 0.2 s'),
+        (die, 60, 'died with status 3'),
+        (die_before_a_child, 15, 'died with status 3'),
+    ],
 )
 def test_a_process_that_does_not_return(
     send: Callable, timeout: float, error: str, tool, monkeypatch: pytest.MonkeyPatch
@@ -177,6 +187,9 @@ def test_a_process_that_does_not_return(
 
 
 def test_mistakes_end_in_one_line(fail: Callable[..., str]) -> None:
+    assert '--timeout must be positive, got 0.0' in fail(
+        'check_pipelines.py', 'x.py', '--timeout', 0
+    )
     assert '--iterations must be at least 20' in fail(
         'check_pipelines.py', 'x.py', '--iterations', 3
     )
