@@ -2,10 +2,12 @@
 
 from mmvig.kernels.batch_norm import batch_norm
 from mmvig.kernels.bigla import bidirectional_gla
+from mmvig.kernels.deform_attn_of_offsets import deform_attn_of_offsets
 from mmvig.kernels.depthwise_conv import depthwise_conv
 from mmvig.kernels.gated_head_norm import gated_head_norm
 from mmvig.kernels.log_gates import log_gates
 from mmvig.kernels.ms_deform_attn import ms_deform_attn
+from mmvig.kernels.patch_conv import patch_conv
 from mmvig.kernels.residual_norm import residual_norm
 from mmvig.kernels.resized_sum import resized_sum
 from mmvig.kernels.sampling_points import sampling_points
@@ -15,10 +17,12 @@ from mmvig.kernels.swiglu import swiglu
 __all__ = [
     'batch_norm',
     'bidirectional_gla',
+    'deform_attn_of_offsets',
     'depthwise_conv',
     'gated_head_norm',
     'log_gates',
     'ms_deform_attn',
+    'patch_conv',
     'residual_norm',
     'resized_sum',
     'sampling_points',

@@ -298,6 +298,27 @@ def sampling_points(
     return locations, weights.unflatten(-1, heads[1:])
 
 
+def deform_attn_of_offsets(
+    value: Tensor,
+    levels: tuple[Tensor, Tensor],
+    offsets: Tensor,
+    logits: Tensor,
+    table: tuple[Tensor, Tensor],
+    heads: tuple[int, int, int],
+) -> Tensor:
+    """`ms_deform_attn` at `sampling_points`.
+
+    Args:
+        value: (B, S, H, D).
+        levels: (height, width) of each level (L, 2), and where it starts in S, (L,).
+        offsets, logits, table, heads: As of `sampling_points`.
+
+    Returns:
+        (B, Q, H * D) in the dtype of value.
+    """
+    return ms_deform_attn(value, *levels, *sampling_points(offsets, logits, table, heads))
+
+
 def stem_conv(
     x: Tensor,
     weight: Tensor,
@@ -321,3 +342,17 @@ def stem_conv(
     if norm is not None:
         out = F.batch_norm(out, *norm, False, 0.0, eps)
     return F.relu(out) if relu else out
+
+
+def patch_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+    """A conv of few channels and large windows.
+
+    Args:
+        x: (B, CIN, H, W).
+        weight, bias: (C, CIN, height, width) and (C,).
+        stride, padding: Of the conv.
+
+    Returns:
+        (B, C, OH, OW) in the dtype of x.
+    """
+    return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), stride, padding)

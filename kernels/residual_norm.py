@@ -36,7 +36,7 @@ def residual_norm(
         dtype: Of the norm; autocast's where None, which spares the next layer its cast, else x's.
 
     Returns:
-        s, x itself where y is None, in the wider dtype of x and y; and the norm. Contiguous.
+        s, which is x where y is None, in the wider dtype of x and y; and the norm. Contiguous.
 
     Raises:
         ValueError: If shapes, dtypes or devices do not fit together.
@@ -50,8 +50,8 @@ def residual_norm(
     y = None if y is None else y.contiguous()
     if way == 'eager':
         total, out = _Eager.apply(x, y, weight, bias, eps, keep, dtype)
-    else:
-        total, out = torch.ops.mmvig.residual_norm(x, y, weight, bias, eps, keep, dtype)
+        return total, out
+    total, out = torch.ops.mmvig.residual_norm(x, y, weight, bias, eps, keep, dtype)
     return (x if y is None else total), out
 
 
@@ -115,12 +115,13 @@ class _Eager(torch.autograd.Function):
         eps: float,
         keep: Tensor | None,
         dtype: torch.dtype,
-    ) -> tuple[Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         total, out = _launch(x, y, weight, bias, eps, keep, dtype)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(total, weight, keep)
         ctx.settings = (eps, None if y is None else y.dtype, bias is not None)
-        return (None if y is None else total), out
+        # x, too, is handed on: the kernel adds the gradient that comes back, else autograd would
+        return (x.view_as(x) if y is None else total), out
 
     @staticmethod
     @torch.autograd.function.once_differentiable

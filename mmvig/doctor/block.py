@@ -102,6 +102,15 @@ def _sampling_points(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
     return [*both.split([2 * wide, wide], -1), table, heads]
 
 
+def _deform_attn_of_offsets(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    offsets, logits, _, heads = _sampling_points(rand, dtype, dims)
+    shapes = torch.tensor([[5, 7], [3, 4], [2, 2]])
+    areas = shapes.prod(1)
+    value = rand(2, int(areas.sum()), heads[0], 32, dtype=dtype)
+    table = (rand(49, 2, dtype=FP32).sigmoid(), 1 / shapes.flip(1).float())
+    return [value, (shapes, areas.cumsum(0) - areas), offsets, logits, table, heads]
+
+
 def _stem_conv(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
     image = _maps(rand, dtype, 3, 37, 50)
     return [(image,), rand(dims, 3, 3, 3, dtype=FP32), _batch_norm(rand, dims), 1e-5, False]
@@ -112,6 +121,11 @@ def _stem_conv_relu(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
     # Of each channel ReLU keeps all or nothing: near 0 the rounding before it would decide.
     shift = 1e3 * shift.sign()
     return [image, weight, (mean, var, scale, shift), eps, True]
+
+
+def _patch_conv(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    image = _maps(rand, dtype, 3, 37, 50)
+    return [(image,), rand(dims, 3, 9, 9, dtype=FP32), rand(dims, dtype=FP32), 8, 1]
 
 
 # Operator, and what makes its arguments, by the case's name.
@@ -128,7 +142,9 @@ DRAW: dict[str, tuple[str, Callable[[Random, torch.dtype, int], Inputs]]] = {
     'batch_norm, given statistics, ReLU': ('batch_norm', _given_norm),
     'stem_conv': ('stem_conv', _stem_conv),
     'stem_conv, ReLU': ('stem_conv', _stem_conv_relu),
+    'patch_conv': ('patch_conv', _patch_conv),
     'sampling_points': ('sampling_points', _sampling_points),
+    'deform_attn_of_offsets': ('deform_attn_of_offsets', _deform_attn_of_offsets),
     'resized_sum, by 4': ('resized_sum', _upsampled_sum),
     'resized_sum, by 1/2': ('resized_sum', _halved_sum),
 }
@@ -197,8 +213,9 @@ def compare(function: Callable, definition: Callable, inputs: list) -> list[floa
             return torch.float64
         if isinstance(x, tuple):
             return tuple(double(t) for t in x)
-        is_tensor = isinstance(x, Tensor)
-        return x.detach().double().requires_grad_(x.requires_grad) if is_tensor else x
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        return x.detach().double().requires_grad_(x.requires_grad)
 
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         actual = results_and_gradients(function, inputs)

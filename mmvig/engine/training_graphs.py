@@ -114,7 +114,9 @@ class TrainingRecording:
         self._douts = self.memory.like('gradients of outputs', outs)
         with torch.cuda.graph(self._backward, **settings):
             grads = step.backward(outs, self._douts)
-            torch._foreach_copy_(_unflatten_dense_tensors(self._grads, self.params), grads)
+            # flat, since a single gradient in another layout would cost a copy of its own for each
+            places = self._grads.split([p.numel() for p in self.params])
+            torch._foreach_copy_(places, [grad.reshape(-1) for grad in grads])
 
     def forward(self, x: Tensor) -> Maps:
         """Replays the forward pass."""

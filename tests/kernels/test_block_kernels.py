@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmvig.kernels import reference
@@ -17,9 +18,11 @@ skip_without_kernels()
 
 from mmvig.kernels import (  # noqa: E402
     batch_norm_kernels,
+    deform_attn_of_offsets_kernels,
     depthwise_conv_kernels,
     gated_head_norm_kernels,
     log_gates_kernels,
+    patch_conv_kernels,
     residual_norm_kernels,
     resized_sum_kernels,
     sampling_points_kernels,
@@ -283,3 +286,54 @@ def test_stem_conv(
     wide = None if norm is None else [t.double() for t in norm]
     args = (x.double().permute(0, 3, 1, 2), weight.to(dtype).double(), wide, 1e-3, whole)
     assert_close({'out': out}, {'out': reference.stem_conv(*args).permute(0, 2, 3, 1)}, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ('cin', 'window', 'stride', 'padding'),
+    [(3, (9, 9), 8, 1), (1, (4, 3), 2, 0), (4, (2, 2), 3, 2)],
+)
+def test_windows_of_patch_conv(
+    cin: int, window: tuple[int, int], stride: int, padding: int, dtype: torch.dtype
+) -> None:
+    """Copies: the same bits as PyTorch's `unfold`, and zeros behind."""
+    x = rand(2, 37, 26, cin, dtype=dtype)
+    numbers = cin * window[0] * window[1]
+    width = numbers + 5
+    rows = patch_conv_kernels.gather(x, window, stride, padding, width)
+    expected = F.unfold(x.permute(0, 3, 1, 2), window, padding=padding, stride=stride)
+    assert torch.equal(rows[..., :numbers].flatten(1, 2), expected.transpose(1, 2))
+    assert not rows[..., numbers:].any()
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ('heads', 'dims', 'sizes'),
+    [
+        ((2, 1, 4), 32, [(5, 7)]),
+        ((3, 3, 4), 16, [(4, 6), (2, 3), (1, 1)]),
+        ((1, 2, 3), 24, [(9, 2), (3, 3)]),
+    ],
+)
+def test_deform_attn_of_offsets(
+    heads: tuple[int, int, int], dims: int, sizes: list[tuple[int, int]], dtype: torch.dtype
+) -> None:
+    queries, samples = 13, heads[0] * heads[1] * heads[2]
+    shapes = torch.tensor(sizes, device=DEVICE)
+    areas = shapes.prod(1)
+    levels = (shapes, areas.cumsum(0) - areas)
+    value = rand(2, int(areas.sum()), heads[0], dims, dtype=dtype)
+    both = rand(2, queries, 3 * samples + 1, dtype=dtype)  # rows with a gap between them
+    offsets, logits = both[..., : 2 * samples], both[..., 2 * samples : 3 * samples]
+    table = (torch.rand(queries, 2, device=DEVICE), 1 / shapes.flip(1).float())
+    takes = deform_attn_of_offsets_kernels.takes(offsets, logits)
+    assert takes == (samples % 2 == 1)
+    if not takes:
+        offsets, logits = offsets.contiguous(), logits.contiguous()
+        assert deform_attn_of_offsets_kernels.takes(offsets, logits)
+    args = (value, levels, offsets, logits, table, heads)
+    out = deform_attn_of_offsets_kernels.forward(*args)
+    wide = [t.double() for t in (value, offsets, logits)]
+    table = tuple(t.double() for t in table)
+    expected = reference.deform_attn_of_offsets(wide[0], levels, *wide[1:], table, heads)
+    assert_close({'out': out}, {'out': expected}, dtype)

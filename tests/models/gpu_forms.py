@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mmvig.models.layers.conv import PatchConv2d
 from tests.models import test_vit_adapter
 from tests.models.test_vig import SMALL
 from tests.models.test_vig_h import small_vig_h
@@ -77,6 +78,7 @@ def test_inference_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         for out, y in zip(outs, wanted, strict=True):
             assert (out - y).norm() / y.norm() < 1e-4
     assert ('batch_norm_kernels', 'forward') in launched
+    assert ('deform_attn_of_offsets_kernels', 'forward') in launched
 
 
 @torch.no_grad()
@@ -104,6 +106,31 @@ def test_batch_norm_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, buffer in model.named_buffers():
         torch.testing.assert_close(buffer, buffers[name], rtol=1e-3, atol=1e-4)
     assert ('batch_norm_kernels', 'backward') in launched
+
+
+def test_patch_embedding_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first conv is a product then, with gradients in float32; in inference of kept weights."""
+    conv = PatchConv2d(3, 12, 9, stride=8, padding=1)
+    x = torch.randn(2, 3, 40, 32).half()
+
+    def step() -> dict[str, Tensor]:
+        with torch.autocast('cpu', torch.float16):
+            with torch.no_grad():
+                outs = {'inference': conv(x), 'again': conv(x)}
+            outs['training'] = conv(x)
+        conv.zero_grad()
+        grad = torch.linspace(-1, 1, outs['training'].numel()).view(outs['training'].shape)
+        outs['training'].backward(grad)
+        return outs | {name: p.grad.clone() for name, p in conv.named_parameters()}
+
+    expected = step()
+    take_gpu_forms(monkeypatch)
+    launched = note_launches(monkeypatch)
+    for name, found in step().items():
+        y = expected[name]
+        assert found.shape == y.shape and found.dtype == y.dtype, name
+        assert (found - y).norm() / y.norm() < 2e-3, name
+    assert ('patch_conv_kernels', 'gather') in launched
 
 
 def test_casts_ahead_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,8 +187,10 @@ def note_launches(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
 
         return call
 
-    norms = [('batch_norm_kernels', way) for way in ('forward', 'backward')]
-    for module, function in [*LAUNCHERS, *norms]:
+    others = [('batch_norm_kernels', way) for way in ('forward', 'backward')]
+    others.append(('patch_conv_kernels', 'gather'))  # in half precision alone
+    others.append(('deform_attn_of_offsets_kernels', 'forward'))  # without gradients alone
+    for module, function in [*LAUNCHERS, *others]:
         kernels = importlib.import_module(f'mmvig.kernels.{module}')
         launch = getattr(kernels, function)
         monkeypatch.setattr(kernels, function, noted((module, function), launch))

@@ -133,7 +133,10 @@ class ViTAdapter(BaseModule):
 
         c1, *maps = self.spm(x, self.level_embed)
         pyramid = make_levels([(m.shape[2], m.shape[3]) for m in maps], x.device)
-        dtype = torch.promote_types(maps[0].dtype, self.level_embed.dtype)
+        # the pyramid's residual stream: float32, in inference in bfloat16 that, for half the bytes
+        dtype = working_dtype(x)
+        if torch.is_grad_enabled() or dtype != torch.bfloat16:
+            dtype = torch.promote_types(dtype, self.level_embed.dtype)
         c = concatenate([to_tokens(m) for m in maps], dtype)
         x, hw = self.trunk.embed(x)
         with self._cast_ahead(x):

@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmvig.kernels import patch_conv
 from mmvig.kernels.dispatch import form, working_dtype
+from mmvig.kernels.patch_conv import as_matrix, has_kernel, windows
 from mmvig.models.layers.kept import Kept, cast
 from mmvig.models.layers.linear import merged_linear, multiply
 
@@ -35,6 +37,30 @@ class Conv2d(nn.Conv2d):
             params = self._kept(dtype, *params)
         bias = params[1] if self.bias is not None else None
         return F.conv2d(x, params[0], bias, self.stride, self.padding)
+
+
+class PatchConv2d(Conv2d):
+    """A conv of few channels and large windows, by `patch_conv`; in inference with kept weights."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: int
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding)
+        self._kept_matrix = Kept(_cast_matrix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels, H', W')."""
+        if not has_kernel(x):
+            return super().forward(x)
+        settings = (self.stride[0], self.padding[0])
+        if torch.is_grad_enabled():
+            return patch_conv(x, self.weight, self.bias, *settings)
+        made = self._kept_matrix(x.dtype, self.weight, self.bias)
+        return multiply(windows(x, self.kernel_size, *settings), *made).permute(0, 3, 1, 2)
+
+
+def _cast_matrix(dtype: torch.dtype, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return as_matrix(weight, dtype), bias.to(dtype)
 
 
 class PointConv2d(nn.Conv2d):

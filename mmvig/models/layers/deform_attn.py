@@ -9,7 +9,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from mmvig.kernels import ms_deform_attn, sampling_points
+from mmvig.kernels import deform_attn_of_offsets
 from mmvig.models.layers.kept import is_capturing
 from mmvig.models.layers.linear import Linear, Product, keep_joined, merged_linear
 
@@ -141,20 +141,16 @@ class DeformableAttention(nn.Module):
     def sample(self, query: Tensor, feat: Tensor, grid: Levels, levels: Levels) -> Tensor:
         """The same, without the last projection: (B, Q, channels of all heads together)."""
         value = self.value_proj(feat).unflatten(-1, (self.num_heads, -1))
-        locations, weights = self._points(query, (grid.centers, levels.pixel))
-        return ms_deform_attn(value, levels.spatial_shapes, levels.start_index, locations, weights)
+        kept, weights, biases = self.products()
+        offsets, logits = merged_linear(query, weights, biases, kept)
+        heads = (self.num_heads, self.num_levels, self.num_points)
+        maps, table = (levels.spatial_shapes, levels.start_index), (grid.centers, levels.pixel)
+        return deform_attn_of_offsets(value, maps, offsets, logits, table, heads)
 
     def products(self) -> Product:
         """Of the linears that are called as one, for `cast_ahead`."""
         linears = (self.sampling_offsets, self.attention_weights)
         return self._kept_points, [x.weight for x in linears], [x.bias for x in linears]
-
-    def _points(self, query: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Locations (B, Q, H, L, P, 2) and weights (B, Q, H, L, P), in float32 at least."""
-        kept, weights, biases = self.products()
-        offsets, logits = merged_linear(query, weights, biases, kept)
-        heads = (self.num_heads, self.num_levels, self.num_points)
-        return sampling_points(offsets, logits, table, heads)
 
     def _reset_parameters(self) -> None:
         """Heads look in evenly spread directions, point i at distance i + 1; equal weights."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmvig.kernels import residual_norm
 from mmvig.kernels.dispatch import working_dtype
-from mmvig.models.layers.conv import Conv2d
+from mmvig.models.layers.conv import Conv2d, PatchConv2d
 from mmvig.models.layers.kept import Kept, is_capturing
 
 
@@ -116,7 +116,7 @@ class ConvPatchEmbed(nn.Module):
         super().__init__()
         mid = embed_dims // 2
         self.proj = nn.Sequential(
-            Conv2d(in_channels, mid, 9, stride=8, padding=1),
+            PatchConv2d(in_channels, mid, 9, stride=8, padding=1),
             MapNorm(mid, eps=1e-5),
             nn.SiLU(),
             Conv2d(mid, embed_dims, 3, stride=2, padding=1),

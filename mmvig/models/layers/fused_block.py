@@ -23,7 +23,7 @@ from mmvig.kernels import (
 from mmvig.kernels.depthwise_conv import launch as convolve
 from mmvig.kernels.depthwise_conv import launch_backward as convolve_backward
 from mmvig.kernels.log_gates import gate_dtype
-from mmvig.models.layers.linear import wide_product
+from mmvig.kernels.products import wide_product
 
 Function = torch.autograd.function.FunctionCtx
 

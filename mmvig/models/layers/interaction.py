@@ -32,7 +32,8 @@ class Injector(nn.Module):
     def forward(self, x: Tensor, c: Stream, grid: Levels, pyramid: Levels) -> tuple[Stream, Stream]:
         """x (B, N, C) of the grid, c (B, S, C) of the pyramid's three levels, to new x, and c."""
         total, feat = self.feat_norm.add(*c)
-        query, proj = self.query_norm(x), self.attn.output_proj
+        x, query = self.query_norm.add(x, None, None)
+        proj = self.attn.output_proj
         if form(x) != 'eager' or _is_watched(self.attn) or _is_watched(proj):
             return Stream(x, self.gamma * self.attn(query, feat, grid, pyramid)), Stream(total)
         # gamma times a product is the product with gamma times the weights

@@ -14,11 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmvig.kernels.dispatch import form, working_dtype
+from mmvig.kernels.products import wide_product
 from mmvig.models.layers.kept import Kept
-
-# whether mm can return float32 for products of half precision (PyTorch 2.8)
-WIDE_RESULTS = hasattr(torch.ops.aten.mm, 'dtype')
-
 
 # What one product is made of: where its cast weights go, weights, biases
 Product = tuple[Kept, Sequence[Tensor], Sequence[Tensor]]
@@ -142,13 +139,6 @@ def side_by_side(blocks: Sequence[Tensor]) -> Tensor:
             return torch.cat(blocks, -1)
         at += x.shape[-1]
     return first.as_strided((*first.shape[:-1], width), strides)
-
-
-def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b, (M, K) and (K, N) of one dtype, as (M, N) in that dtype or a wider one."""
-    if WIDE_RESULTS and a.dtype != dtype:
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
 
 
 class _MergedLinear(torch.autograd.Function):
