@@ -4,6 +4,7 @@ from mmvig.kernels.batch_norm import batch_norm
 from mmvig.kernels.bigla import bidirectional_gla
 from mmvig.kernels.deform_attn_of_offsets import deform_attn_of_offsets
 from mmvig.kernels.depthwise_conv import depthwise_conv
+from mmvig.kernels.finest_map import finest_map
 from mmvig.kernels.gated_head_norm import gated_head_norm
 from mmvig.kernels.log_gates import log_gates
 from mmvig.kernels.ms_deform_attn import ms_deform_attn
@@ -19,6 +20,7 @@ __all__ = [
     'bidirectional_gla',
     'deform_attn_of_offsets',
     'depthwise_conv',
+    'finest_map',
     'gated_head_norm',
     'log_gates',
     'ms_deform_attn',

@@ -248,6 +248,34 @@ def resized_sum(
     return out.to(x.dtype)
 
 
+def finest_map(
+    x: Tensor,
+    y: Tensor,
+    project: Tensor,
+    tokens: Tensor,
+    bias: Tensor,
+    norm: tuple[Tensor, Tensor, Tensor, Tensor],
+    eps: float = 1e-5,
+) -> Tensor:
+    """`shuffle(x) + project(y) + bias + resize(tokens)`, and batch norm by given statistics.
+
+    Args:
+        x: (B, H / 2, W / 2, 4 * C), four pixels a row, C channels each.
+        y: (B, CY, H, W).
+        project: (C, CY).
+        tokens: (B, C, h, w).
+        bias, norm, eps: As of `resized_sum`.
+
+    Returns:
+        (B, C, H, W) in the dtype of x; computed in that dtype or float32, whichever is wider.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    squares = x.to(dtype).unflatten(-1, (2, 2, -1))  # (B, H / 2, W / 2, 2, 2, C)
+    pixels = squares.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    projected = F.conv2d(y.to(dtype), project.to(dtype)[:, :, None, None])
+    return resized_sum(pixels, tokens, projected, bias, norm, eps).to(x.dtype)
+
+
 def batch_norm(
     x: Tensor,
     running: tuple[Tensor, Tensor],

@@ -48,7 +48,7 @@ def resized_sum(
         ValueError: If shapes, dtypes or devices do not fit together.
     """
     _check(x, tokens, y, bias, norm)
-    ratio = _ratio(x, tokens)
+    ratio = resize_ratio(x.shape, tokens.shape)
     way = form(x, tokens, bias, *(norm or ()))
     if way == 'plain' or ratio is None:
         return reference.resized_sum(x, tokens, y, bias, norm, eps)
@@ -84,9 +84,9 @@ def _check(
     check_devices(x, tokens=tokens, y=y, **params)
 
 
-def _ratio(x: Tensor, tokens: Tensor) -> tuple[int, int] | None:
-    """How many times as long the sides of x are; None for what the kernels do not have."""
-    (height, width), (h, w) = x.shape[2:], tokens.shape[2:]
+def resize_ratio(large: torch.Size, small: torch.Size) -> tuple[int, int] | None:
+    """How many times as long the sides (B, C, H, W) are; None for what the kernels do not have."""
+    (height, width), (h, w) = large[2:], small[2:]
     for up, down in RATIOS:
         if height * down == h * up and width * down == w * up:
             return up, down

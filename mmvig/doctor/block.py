@@ -62,6 +62,13 @@ def _maps(rand: Random, dtype: torch.dtype, dims: int, h: int, w: int) -> Tensor
     return rand(2, h, w, dims, dtype=dtype).permute(0, 3, 1, 2)
 
 
+def _finest_map(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    x, y = rand(2, 8, 12, 4 * dims, dtype=dtype), _maps(rand, dtype, 40, 16, 24)
+    tokens, bias = _maps(rand, FP32, dims, 4, 6), rand(dims, dtype=FP32)
+    project = rand(dims, 40, dtype=dtype)
+    return [x, y, project, tokens, bias, _batch_norm(rand, dims)]
+
+
 def _batch_norm(rand: Random, dims: int) -> tuple[Tensor, ...]:
     """Mean, variance, weight and bias, constants."""
     mean, var, weight, bias = (rand(dims, dtype=FP32) for _ in range(4))
@@ -145,6 +152,7 @@ DRAW: dict[str, tuple[str, Callable[[Random, torch.dtype, int], Inputs]]] = {
     'patch_conv': ('patch_conv', _patch_conv),
     'sampling_points': ('sampling_points', _sampling_points),
     'deform_attn_of_offsets': ('deform_attn_of_offsets', _deform_attn_of_offsets),
+    'finest_map': ('finest_map', _finest_map),
     'resized_sum, by 4': ('resized_sum', _upsampled_sum),
     'resized_sum, by 1/2': ('resized_sum', _halved_sum),
 }

@@ -20,6 +20,7 @@ from mmvig.kernels import (  # noqa: E402
     batch_norm_kernels,
     deform_attn_of_offsets_kernels,
     depthwise_conv_kernels,
+    finest_map_kernels,
     gated_head_norm_kernels,
     log_gates_kernels,
     patch_conv_kernels,
@@ -337,3 +338,18 @@ def test_deform_attn_of_offsets(
     table = tuple(t.double() for t in table)
     expected = reference.deform_attn_of_offsets(wide[0], levels, *wide[1:], table, heads)
     assert_close({'out': out}, {'out': expected}, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize(('dims', 'stem', 'ratio'), [(70, 24, 4), (8, 64, 2), (64, 5, 1)])
+def test_finest_map(dims: int, stem: int, ratio: int, dtype: torch.dtype) -> None:
+    hw = (2, 4)
+    h, w = (n * ratio for n in hw)
+    x, y = rand(2, h // 2, w // 2, 4 * dims, dtype=dtype), rand(2, h, w, stem, dtype=dtype)
+    project, tokens, bias = rand(dims, stem, dtype=dtype), rand(2, *hw, dims), rand(dims)
+    norm = [rand(dims), rand(dims).exp(), rand(dims), rand(dims)]
+    out = finest_map_kernels.forward(x, y, project, tokens, bias, norm, 1e-3, ratio)
+    wide = [t.double() for t in (x, y, project, tokens, bias)]
+    wide[1], wide[3] = (t.permute(0, 3, 1, 2) for t in (wide[1], wide[3]))
+    expected = reference.finest_map(*wide, [t.double() for t in norm], 1e-3)
+    assert_close({'out': out}, {'out': expected.permute(0, 2, 3, 1)}, dtype)

@@ -81,6 +81,23 @@ def test_inference_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ('deform_attn_of_offsets_kernels', 'forward') in launched
 
 
+def test_inference_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has kernels that float32 has not: against float32, and of weights that change."""
+    model, x = small_adapter().eval(), torch.randn(1, 3, 32, 64)
+    randomize_norms(model)
+    launched, before = note_launches(monkeypatch), copy.deepcopy(model.state_dict())
+    expected = inferences(model, x)
+    take_gpu_forms(monkeypatch)
+    model.load_state_dict(before)
+    with torch.autocast('cpu', torch.float16):
+        found = inferences(model, x)
+    for outs, wanted in zip(found, expected, strict=True):
+        for out, y in zip(outs, wanted, strict=True):
+            assert out.dtype == torch.float16
+            assert (out - y).norm() / y.norm() < 1e-2
+    assert {('finest_map_kernels', 'forward'), ('patch_conv_kernels', 'gather')} <= launched
+
+
 @torch.no_grad()
 def inferences(model: nn.Module, x: Tensor) -> list[tuple[Tensor, ...]]:
     """Outputs twice, and once with other weights."""
@@ -190,6 +207,7 @@ def note_launches(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
     others = [('batch_norm_kernels', way) for way in ('forward', 'backward')]
     others.append(('patch_conv_kernels', 'gather'))  # in half precision alone
     others.append(('deform_attn_of_offsets_kernels', 'forward'))  # without gradients alone
+    others.append(('finest_map_kernels', 'forward'))  # both
     for module, function in [*LAUNCHERS, *others]:
         kernels = importlib.import_module(f'mmvig.kernels.{module}')
         launch = getattr(kernels, function)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvig.checkpoint import init_pretrained
-from mmvig.kernels import resized_sum
+from mmvig.kernels import finest_map, resized_sum
 from mmvig.kernels.dispatch import form, working_dtype
 from mmvig.models.layers.deform_attn import Levels, make_levels
 from mmvig.models.layers.embed import (
@@ -32,7 +32,7 @@ from mmvig.models.layers.embed import (
 from mmvig.models.layers.hooks import has_hooks
 from mmvig.models.layers.interaction import Extractor, Injector, Interaction
 from mmvig.models.layers.kept import Kept, cast
-from mmvig.models.layers.linear import cast_ahead
+from mmvig.models.layers.linear import cast_ahead, multiply
 from mmvig.models.layers.norm import Stream, given_statistics, normalize_batch
 from mmvig.models.layers.spatial_prior import SpatialPriorModule, init_conv
 from mmvig.models.utils import ascending_indices
@@ -113,7 +113,7 @@ class ViTAdapter(BaseModule):
             for n in num_extra
         )
         self.up = nn.ConvTranspose2d(dims, dims, 2, 2) if with_finest else None
-        self._kept_up = Kept(cast)
+        self._kept_up, self._kept_finest = Kept(cast), Kept(_cast_finest)
         for i in self.out_indices:
             self.add_module(f'norm{i + 1}', build_norm_layer(norm_cfg, dims)[1])
         self._reset_parameters()
@@ -131,7 +131,8 @@ class ViTAdapter(BaseModule):
         sizes = [(-(-x.shape[2] // s), -(-x.shape[3] // s)) for s in STRIDES]
         x = to_conv_input(pad_to_multiple(x, STRIDES[-1]))
 
-        c1, *maps = self.spm(x, self.level_embed)
+        fuses = self._fuses_finest(x)
+        c1, *maps = self.spm(x, self.level_embed, project_finest=not fuses)
         pyramid = make_levels([(m.shape[2], m.shape[3]) for m in maps], x.device)
         # the pyramid's residual stream: float32, in inference in bfloat16 that, for half the bytes
         dtype = working_dtype(x)
@@ -149,7 +150,10 @@ class ViTAdapter(BaseModule):
         outs = []
         for i in self.out_indices:
             last = to_map(tokens[i if self.token_maps == 'each' else -1], hw)
-            out = self._output(i, maps, c1, last)
+            if i == 0 and fuses:
+                out = self._finest(maps[0], c1, last)
+            else:
+                out = self._output(i, maps, c1, last)
             out = out[:, :, : sizes[i][0], : sizes[i][1]]
             outs.append(out.contiguous(memory_format=torch.channels_last))
         return tuple(outs)
@@ -165,6 +169,23 @@ class ViTAdapter(BaseModule):
         if given is not None and not torch.is_grad_enabled():
             return resized_sum(x, tokens, y, bias, given, norm.eps)
         return normalize_batch(norm, resized_sum(x, tokens, y, bias))
+
+    def _fuses_finest(self, x: Tensor) -> bool:
+        """Whether `_finest` serves: in inference on a GPU, in half precision, nobody looking on."""
+        if self.up is None or torch.is_grad_enabled() or form(x) != 'eager':
+            return False
+        half = working_dtype(x) in (torch.bfloat16, torch.float16)
+        watched = has_hooks(self.up) or has_hooks(self.spm.fc1)
+        return half and not watched and given_statistics(self.norm1) is not None
+
+    def _finest(self, x: Tensor, c1: Tensor, tokens: Tensor) -> Tensor:
+        """Output 0 of the map of stride 8, and the spatial prior's of stride 4 before `fc1`."""
+        up, fc1 = self.up, self.spm.fc1
+        made = self._kept_finest(x.dtype, up.weight, fc1.weight, up.bias, fc1.bias)
+        product, projection, bias = made
+        x = multiply(x.permute(0, 2, 3, 1), product)
+        norm, given = self.norm1, given_statistics(self.norm1)
+        return finest_map(x, c1, projection, tokens, bias, given, norm.eps)
 
     def _upsample(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Twice the size, by `self.up`; its bias, where that is still to be added."""
@@ -229,6 +250,14 @@ class ViTAdapter(BaseModule):
                     nn.init.zeros_(module.bias)
         if self.up is not None:
             init_conv(self.up)
+
+
+def _cast_finest(
+    dtype: torch.dtype, up: Tensor, fc1: Tensor, up_bias: Tensor, fc1_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_finest` multiplies with, (4 C, C) and (C, channels of the stem), and both biases."""
+    product = up.permute(2, 3, 1, 0).flatten(0, 2)  # rows in the order of pixels, then channels
+    return product.to(dtype), fc1.flatten(1).to(dtype), up_bias + fc1_bias
 
 
 def _check_interactions(

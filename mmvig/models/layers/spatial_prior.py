@@ -63,17 +63,21 @@ class SpatialPriorModule(nn.Module):
                 init_conv(module)
 
     def forward(
-        self, x: Tensor, shifts: Sequence[Tensor | None] = (None, None, None)
+        self,
+        x: Tensor,
+        shifts: Sequence[Tensor | None] = (None, None, None),
+        project_finest: bool = True,
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """(B, in_channels, H, W), sides multiples of 32, to (B, C, H / s, W / s), s = 4 … 32.
 
-        Shifts (C,) are added to the pixels of the last three maps.
+        Shifts (C,) are added to the pixels of the last three maps. The first map may be left as it
+        is before `fc1`, with the stem's channels.
         """
         c1 = _run(self.stem, x)
         c2 = _run(self.conv2, c1)
         c3 = _run(self.conv3, c2)
         c4 = _run(self.conv4, c3)
-        finest = None if self.fc1 is None else self.fc1(c1)
+        finest = None if self.fc1 is None else self.fc1(c1) if project_finest else c1
         coarse = zip((self.fc2, self.fc3, self.fc4), (c2, c3, c4), shifts, strict=True)
         return finest, *(fc(m, shift) for fc, m, shift in coarse)
 
