@@ -15,11 +15,11 @@ from mmvig.kernels.shares import sum_shares
 BC = 64  # channels a program
 BM = {'stats': 64, 'plain': 32, 'pool': 16}  # pixels a tile, by what the registers have to hold
 PER_MULTIPROCESSOR = 4  # programs with a share
-BP, BN = 128, 32  # shares and channels a step of `finish_kernel`
+BP, BN = 128, 32  # shares and channels a step of `batch_norm_finish_kernel`
 
 
 @triton.jit
-def stats_kernel(p_x, p_share, M, C, each, BM: tl.constexpr, BC: tl.constexpr):
+def batch_norm_stats_kernel(p_x, p_share, M, C, each, BM: tl.constexpr, BC: tl.constexpr):
     """Mean, and sum of squared distances from it, of `each` pixels a program: share (P, 2, C).
 
     Sums are of distances from the program's first pixel, so that a large mean costs no digits.
@@ -47,7 +47,7 @@ def stats_kernel(p_x, p_share, M, C, each, BM: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def finish_kernel(
+def batch_norm_finish_kernel(
     p_share, p_stats, p_mean, p_var, M, C, each, programs, momentum,
     BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +94,7 @@ def load_norm(p_mean, p_var, p_weight, p_bias, cols, mask_c, eps):
 
 
 @triton.jit
-def apply_kernel(
+def batch_norm_apply_kernel(
     p_x, p_mean, p_var, p_weight, p_bias, p_out, blocks, M, C, eps,
     BM: tl.constexpr, BC: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +113,7 @@ def apply_kernel(
 
 
 @triton.jit
-def pool_kernel(
+def batch_norm_pool_kernel(
     p_x, p_mean, p_var, p_weight, p_bias, p_out, p_tap, blocks, H, W, OH, OW, C, eps,
     BM: tl.constexpr, BC: tl.constexpr, RELU: tl.constexpr, HAS_TAP: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +178,7 @@ def load_grad(p_dout, p_tap, rows, cols, mask, H, W, OH, OW, C, POOL: tl.constex
 
 
 @triton.jit
-def reduce_kernel(
+def batch_norm_sums_kernel(
     p_x, p_mean, p_var, p_weight, p_bias, p_dout, p_tap, p_share, H, W, OH, OW, M, C, each, eps,
     BM: tl.constexpr, BC: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
@@ -209,7 +209,7 @@ def reduce_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def batch_norm_grad_kernel(
     p_x, p_mean, p_var, p_weight, p_bias, p_dout, p_tap, p_sums, p_dx,
     blocks, H, W, OH, OW, M, C, eps,
     BM: tl.constexpr, BC: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
@@ -251,8 +251,8 @@ def statistics(x: Tensor, mean: Tensor, var: Tensor, momentum: float) -> Tensor:
     each, programs = _spread(m, BM['stats'], blocks, x.device)
     share = torch.empty(programs, 2, c, dtype=torch.float32, device=x.device)
     stats = torch.empty(2, c, dtype=torch.float32, device=x.device)
-    stats_kernel[(programs, blocks)](x, share, m, c, each, BM=BM['stats'], BC=width)
-    finish_kernel[(ceil_div(c, BN),)](
+    batch_norm_stats_kernel[(programs, blocks)](x, share, m, c, each, BM=BM['stats'], BC=width)
+    batch_norm_finish_kernel[(ceil_div(c, BN),)](
         share, stats, mean, var, m, c, each, programs, momentum, BP=BP, BN=BN
     )
     return stats
@@ -270,13 +270,15 @@ def forward(
     settings = dict(BM=tile, BC=width, RELU=relu)
     if not pool:
         out = torch.empty_like(x)
-        apply_kernel[(ceil_div(m, tile) * blocks,)](x, *stats, out, blocks, m, c, eps, **settings)
+        batch_norm_apply_kernel[(ceil_div(m, tile) * blocks,)](
+            x, *stats, out, blocks, m, c, eps, **settings
+        )
         return out, None
     b, height, w = x.shape[:3]
     oh, ow = pooled(height), pooled(w)
     out = torch.empty(b, oh, ow, c, dtype=x.dtype, device=x.device)
     tap = torch.empty(out.shape, dtype=torch.int8, device=x.device) if with_tap else None
-    pool_kernel[(ceil_div(oh * ow, tile) * blocks, b)](
+    batch_norm_pool_kernel[(ceil_div(oh * ow, tile) * blocks, b)](
         x, *stats, out, tap, blocks, height, w, oh, ow, c, eps, **settings, HAS_TAP=with_tap
     )
     return out, tap
@@ -292,10 +294,12 @@ def backward(
     share = torch.empty(programs, 2, c, dtype=torch.float32, device=x.device)
     sizes = (*x.shape[1:3], *dout.shape[1:3], m, c)
     settings = dict(BM=tile, BC=width, RELU=relu, POOL=tap is not None)
-    reduce_kernel[(programs, blocks)](x, *stats, dout, tap, share, *sizes, each, eps, **settings)
+    batch_norm_sums_kernel[(programs, blocks)](
+        x, *stats, dout, tap, share, *sizes, each, eps, **settings
+    )
     sums = sum_shares(share)
     dx = torch.empty_like(x)
-    backward_kernel[(ceil_div(m, tile) * blocks,)](
+    batch_norm_grad_kernel[(ceil_div(m, tile) * blocks,)](
         x, *stats, dout, tap, sums, dx, blocks, *sizes, eps, **settings
     )
     return dx, sums

@@ -17,7 +17,7 @@ from mmvig.kernels.ms_deform_attn_fwd import (
 
 
 @triton.jit(do_not_specialize=['S', 'Q', 'H', 'n_blocks'])
-def forward_kernel(
+def deform_attn_of_offsets_kernel(
     p_value, p_shapes, p_starts, p_centers, p_pixel, p_offsets, p_logits, p_out,
     v_b, v_s, v_h, o_m, l_m, S, Q, H, n_blocks,
     L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr,
@@ -91,7 +91,7 @@ def forward(
     out = torch.empty(b, q, h * d, dtype=value.dtype, device=value.device)
     blocks = block_sizes(d, value.element_size())
     n_blocks = ceil_div(q, blocks['BQ'])
-    forward_kernel[(n_blocks * b * h,)](
+    deform_attn_of_offsets_kernel[(n_blocks * b * h,)](
         value, *(t.contiguous() for t in levels), *(t.contiguous() for t in table), offsets, logits,
         out, *value.stride()[:3], offsets.stride(1) // 2, logits.stride(1), s, q, h, n_blocks,
         L=n_levels, P=n_points, D=d, BJ=power_of_2(n_levels * n_points), UNROLL=unroll(n_points),

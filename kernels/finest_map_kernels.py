@@ -16,7 +16,7 @@ PIXELS = 32
 
 
 @triton.jit
-def forward_kernel(
+def finest_map_kernel(
     p_x, p_y, p_project, p_tokens, p_bias, p_mean, p_var, p_weight, p_shift, p_out,
     y_b, t_b, blocks, H, W, h, w, C, CY, eps,
     UP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
@@ -73,7 +73,7 @@ def forward(
     out = torch.empty(b, height, width, c, dtype=x.dtype, device=x.device)
     channels = max(16, min(BC, power_of_2(c)))
     blocks = ceil_div(c, channels)
-    forward_kernel[(ceil_div(height * width, PIXELS) * blocks, b)](
+    finest_map_kernel[(ceil_div(height * width, PIXELS) * blocks, b)](
         x, y, project, tokens, bias, *norm, out, y.stride(0), tokens.stride(0),
         blocks, height, width, *tokens.shape[1:3], c, cy, eps,
         UP=ratio, BM=PIXELS, BC=channels, BK=max(16, power_of_2(cy)),

@@ -24,7 +24,7 @@ def normalize(p, at, mask, V, eps):
 
 
 @triton.jit
-def forward_kernel(
+def gated_head_norm_kernel(
     p_x, p_local, p_gate, p_bias, p_wx, p_wl, p_out, M, V, x_m, local_m, gate_m, out_m, eps,
     BM: tl.constexpr, BV: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def gated_head_norm_grad_kernel(
     p_x, p_local, p_gate, p_bias, p_wx, p_wl, p_dout, p_dx, p_dlocal, p_dgate, p_share,
     M, V, x_m, local_m, gate_m, dout_m, eps,
     BM: tl.constexpr, BV: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
@@ -127,7 +127,7 @@ def forward(
     (m, c), v = x.shape, weight_x.shape[0]
     out = x.new_empty(m, c)
     tile = _tile(v)
-    forward_kernel[(ceil_div(m, tile['BM']), c // v)](
+    gated_head_norm_kernel[(ceil_div(m, tile['BM']), c // v)](
         x, local, gate, bias, weight_x, weight_local, out, m, v,
         x.stride(0), local.stride(0), gate.stride(0), c, eps,
         **tile, HAS_BIAS=bias is not None, SILU=silu,
@@ -153,7 +153,7 @@ def backward(
     heads = c // v
     programs = num_programs(ceil_div(m, tile['BM']), x.device, max(1, 6 // heads))
     share = torch.empty(programs, 3, heads, v, dtype=torch.float32, device=x.device)
-    backward_kernel[(programs, heads)](
+    gated_head_norm_grad_kernel[(programs, heads)](
         x, local, gate, bias, weight_x, weight_local, dout, *grads, share, m, v,
         x.stride(0), local.stride(0), gate.stride(0), dout.stride(0), eps,
         **tile, HAS_BIAS=bias is not None, SILU=silu,

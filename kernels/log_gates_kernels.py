@@ -33,7 +33,7 @@ def project(
 
 
 @triton.jit
-def forward_kernel(
+def log_gates_kernel(
     p_low, p_weight, p_bias, p_fwd, p_bwd, M, HALF, low_m,
     R: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, OP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -56,7 +56,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def log_gates_grad_kernel(
     p_low, p_weight, p_bias, p_dfwd, p_dbwd, p_dlow, p_share, M, HALF, low_m, dfwd_m, dbwd_m,
     R: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, OP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -119,7 +119,7 @@ def forward(low: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tu
     bwd = torch.empty_like(fwd)
     settings = _settings(low, half)
     grid = (ceil_div(m, BM), 2, ceil_div(half, settings['BC']))
-    forward_kernel[grid](low, weight, bias, fwd, bwd, m, half, low.stride(0), **settings)
+    log_gates_kernel[grid](low, weight, bias, fwd, bwd, m, half, low.stride(0), **settings)
     return fwd, bwd
 
 
@@ -133,7 +133,7 @@ def backward(
     programs = num_programs(ceil_div(m, BM), low.device, max(1, 4 // blocks))
     dlow = torch.empty(2 * blocks, m, r, dtype=torch.float32, device=low.device)
     share = torch.empty(programs, r + 1, 2 * half, dtype=torch.float32, device=low.device)
-    backward_kernel[(programs, 2, blocks)](
+    log_gates_grad_kernel[(programs, 2, blocks)](
         low, weight, bias, dfwd, dbwd, dlow, share, m, half,
         low.stride(0), dfwd.stride(0), dbwd.stride(0), **settings,
     )  # fmt: skip

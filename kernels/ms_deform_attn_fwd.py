@@ -106,7 +106,7 @@ def add_sample(out, p_map, x, y, w, mask, height, width, stride, cols, mask_cols
 
 
 @triton.jit(do_not_specialize=['S', 'Q', 'H', 'n_blocks'])
-def forward_kernel(
+def ms_deform_attn_kernel(
     p_value, p_shapes, p_starts, p_locations, p_weights, p_out,
     v_b, v_s, v_h, S, Q, H, n_blocks,
     L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr,
@@ -181,7 +181,7 @@ def forward(
     out = torch.empty(b, q, h * d, dtype=value.dtype, device=value.device)
     blocks = block_sizes(d, value.element_size())
     n_blocks = triton.cdiv(q, blocks['BQ'])
-    forward_kernel[(n_blocks * b * h,)](
+    ms_deform_attn_kernel[(n_blocks * b * h,)](
         value, shapes.contiguous(), starts.contiguous(), pairs(locations), weights.contiguous(),
         out, *value.stride()[:3], s, q, h, n_blocks,
         L=n_levels, P=n_points, D=d, UNROLL=unroll(n_points), **blocks,

@@ -11,7 +11,7 @@ BM, MAX_BK, WARPS = 64, 64, 4
 
 
 @triton.jit
-def gather_kernel(
+def patch_windows_kernel(
     p_x, p_out, R, H, W, OH, OW, S, PAD, K,
     CIN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def gather(
     oh, ow = ((n + 2 * padding - k) // stride + 1 for n, k in zip((h, w), kernel_size, strict=True))
     out = torch.empty(b, oh, ow, width, dtype=x.dtype, device=x.device)
     block = min(MAX_BK, power_of_2(width))
-    gather_kernel[(ceil_div(b * oh * ow, BM), ceil_div(width, block))](
+    patch_windows_kernel[(ceil_div(b * oh * ow, BM), ceil_div(width, block))](
         x, out, b * oh * ow, h, w, oh, ow, stride, padding, width,
         CIN=cin, KH=kernel_size[0], KW=kernel_size[1], BM=BM, BK=block, num_warps=WARPS,
     )  # fmt: skip

@@ -38,7 +38,7 @@ def normalize(b_x, mask_c, C, eps, CENTER: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(
+def residual_norm_kernel(
     p_x, p_y, p_keep, p_weight, p_bias, p_sum, p_out, M, C, tokens, eps,
     BM: tl.constexpr, BC: tl.constexpr, HAS_Y: tl.constexpr, HAS_KEEP: tl.constexpr,
     CENTER: tl.constexpr,
@@ -64,7 +64,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def residual_norm_grad_kernel(
     p_sum, p_keep, p_weight, p_dsum, p_dout, p_dx, p_dy, p_share, M, C, tokens, eps,
     BM: tl.constexpr, BC: tl.constexpr, HAS_DSUM: tl.constexpr, HAS_Y: tl.constexpr,
     HAS_KEEP: tl.constexpr, CENTER: tl.constexpr,
@@ -127,7 +127,7 @@ def forward(
         total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, y.dtype))
     block = power_of_2(c)
     rows = max(1, TILE // block)
-    forward_kernel[(ceil_div(m, rows),)](
+    residual_norm_kernel[(ceil_div(m, rows),)](
         x, y, keep, weight, bias, total, out, m, c, m // x.shape[0], eps,
         BM=rows, BC=block, HAS_Y=y is not None, HAS_KEEP=keep is not None,
         CENTER=bias is not None, num_warps=WARPS,
@@ -154,7 +154,7 @@ def backward(
     rows = max(1, TILE // block)
     programs = num_programs(ceil_div(m, rows), total.device, 2)
     share = total.new_empty(programs, 2 if center else 1, c, dtype=torch.float32)
-    backward_kernel[(programs,)](
+    residual_norm_grad_kernel[(programs,)](
         total, keep, weight, dsum, dout, dx, dy, share, m, c, m // total.shape[0], eps,
         BM=rows, BC=block, HAS_DSUM=dsum is not None, HAS_Y=dy is not None,
         HAS_KEEP=keep is not None, CENTER=center, num_warps=WARPS,

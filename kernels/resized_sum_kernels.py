@@ -62,7 +62,7 @@ def load_resized(p, y, x, h, w, C, cols, mask, UP: tl.constexpr, DOWN: tl.conste
 
 
 @triton.jit
-def forward_kernel(
+def resized_sum_kernel(
     p_x, p_tokens, p_y, p_bias, p_mean, p_var, p_weight, p_shift, p_out,
     x_b, t_b, y_b, blocks, H, W, h, w, C, eps,
     UP: tl.constexpr, DOWN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
@@ -97,7 +97,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def resized_sum_grad_kernel(
     p_dout, p_dtokens, p_share, d_b, blocks, H, W, h, w, C,
     UP: tl.constexpr, DOWN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -175,7 +175,7 @@ def forward(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     channels, blocks = _blocks(c)
     grid = (ceil_div(height * width, PIXELS) * blocks, b)
-    forward_kernel[grid](
+    resized_sum_kernel[grid](
         x, tokens, y, bias, *norm, out, x.stride(0), tokens.stride(0),
         0 if y is None else y.stride(0), blocks, height, width, *tokens.shape[1:3], c, eps,
         UP=ratio[0], DOWN=ratio[1], BM=PIXELS, BC=channels,
@@ -195,7 +195,7 @@ def backward(
     share = None
     if has_bias:
         share = torch.empty(b * tiles, c, dtype=torch.float32, device=dout.device)
-    backward_kernel[(tiles * blocks, b)](
+    resized_sum_grad_kernel[(tiles * blocks, b)](
         dout, dtokens, share, dout.stride(0), blocks, height, width, *hw, c,
         UP=ratio[0], DOWN=ratio[1], BM=TOKENS, BC=channels, HAS_BIAS=has_bias,
     )  # fmt: skip

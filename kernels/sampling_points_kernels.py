@@ -15,7 +15,7 @@ TILE = 1024  # samples a program
 
 
 @triton.jit
-def forward_kernel(
+def sampling_points_kernel(
     p_offsets, p_logits, p_centers, p_pixel, p_locations, p_weights, R, Q, H, o_m, l_m,
     P: tl.constexpr, J: tl.constexpr, BR: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def sampling_points_grad_kernel(
     p_weights, p_pixel, p_dlocations, p_dweights, p_doffsets, p_dlogits, R, H, d_m,
     P: tl.constexpr, J: tl.constexpr, BR: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +97,7 @@ def forward(
     weights = torch.empty(b, q, *heads, dtype=torch.float32, device=offsets.device)
     locations = torch.empty(b, q, *heads, 2, dtype=torch.float32, device=offsets.device)
     rows, tile = b * q * h, _tile(levels * points)
-    forward_kernel[(ceil_div(rows, tile['BR']),)](
+    sampling_points_kernel[(ceil_div(rows, tile['BR']),)](
         offsets, logits, centers, pixel, locations, weights, rows, q, h,
         offsets.stride(1), logits.stride(1), P=points, **tile,
     )  # fmt: skip
@@ -113,7 +113,7 @@ def backward(
     grads = torch.empty(b, q, 3 * wide, dtype=dtype, device=weights.device)
     doffsets, dlogits = grads.split([2 * wide, wide], -1)
     rows, tile = b * q * h, _tile(levels * points)
-    backward_kernel[(ceil_div(rows, tile['BR']),)](
+    sampling_points_grad_kernel[(ceil_div(rows, tile['BR']),)](
         weights, pixel, dlocations, dweights, doffsets, dlogits, rows, h, 3 * wide,
         P=points, **tile,
     )  # fmt: skip

@@ -15,7 +15,7 @@ BM, MAX_BC, WARPS = 128, 64, 8
 
 
 @triton.jit
-def forward_kernel(
+def stem_conv_kernel(
     p_x, p_weight, p_mean, p_var, p_scale, p_shift, p_out, H, W, OH, OW, C, eps,
     CIN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
     HAS_NORM: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
@@ -66,7 +66,7 @@ def forward(
     oh, ow, c = (h + 1) // 2, (w + 1) // 2, weight.shape[0]
     out = torch.empty(b, oh, ow, c, dtype=x.dtype, device=x.device)
     width = max(16, min(MAX_BC, power_of_2(c)))
-    forward_kernel[(ceil_div(oh * ow, BM), ceil_div(c, width), b)](
+    stem_conv_kernel[(ceil_div(oh * ow, BM), ceil_div(c, width), b)](
         x, weight, *norm, out, h, w, oh, ow, c, eps,
         CIN=cin, BK=max(16, power_of_2(9 * cin)), BM=BM, BC=width,
         HAS_NORM=norm[0] is not None, RELU=relu,

@@ -11,7 +11,7 @@ TILE = 2048
 
 
 @triton.jit
-def forward_kernel(p_x, p_out, M, F, stride, BF: tl.constexpr, BM: tl.constexpr):
+def swiglu_kernel(p_x, p_out, M, F, stride, BF: tl.constexpr, BM: tl.constexpr):
     """out = silu(a) * b for rows [a, b] of x (M, 2 F); a program does a BM x BF tile of out."""
     cols = tl.program_id(1) * BF + tl.arange(0, BF)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -25,7 +25,7 @@ def forward_kernel(p_x, p_out, M, F, stride, BF: tl.constexpr, BM: tl.constexpr)
 
 
 @triton.jit
-def backward_kernel(
+def swiglu_grad_kernel(
     p_x, p_dout, p_dx, p_out, M, F, stride,
     BF: tl.constexpr, BM: tl.constexpr, HAS_OUT: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +59,7 @@ def forward(x: Tensor) -> Tensor:
     """x (M, 2 F), rows of any stride, to (M, F)."""
     m, f, grid, tile = _tiles(x)
     out = x.new_empty(m, f)
-    forward_kernel[grid](x, out, m, f, x.stride(0), **tile)
+    swiglu_kernel[grid](x, out, m, f, x.stride(0), **tile)
     return out
 
 
@@ -68,5 +68,5 @@ def backward(x: Tensor, dout: Tensor, with_out: bool = False) -> tuple[Tensor, T
     m, f, grid, tile = _tiles(x)
     dx = torch.empty(m, 2 * f, dtype=x.dtype, device=x.device)
     out = torch.empty_like(dout) if with_out else None
-    backward_kernel[grid](x, dout, dx, out, m, f, x.stride(0), **tile, HAS_OUT=with_out)
+    swiglu_grad_kernel[grid](x, dout, dx, out, m, f, x.stride(0), **tile, HAS_OUT=with_out)
     return dx, out
