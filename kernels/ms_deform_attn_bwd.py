@@ -37,8 +37,8 @@ def points_kernel(
 ):  # fmt: skip
     """dweight = do . sample; dlocation = weight * d(do . sample) / d(x, y) * (width, height).
 
-    Tensors and programs as in `ms_deform_attn_kernel`, do (B, Q, H, D) contiguous; products and sums in
-    float32. The four products do . corner give all three numbers of a sample.
+    Tensors and programs as in `ms_deform_attn_kernel`, do (B, Q, H, D) contiguous; products and
+    sums in float32. The four products do . corner give all three numbers of a sample.
     """
     head = tl.program_id(0) // n_blocks
     b = (head // H).to(tl.int64)
