@@ -14,7 +14,8 @@ from mmvig.kernels.shares import sum_shares
 
 NORMALIZER = tl.constexpr(16)
 BM = 64
-MAX_BC = 128
+# channels of a direction that a program does, of the gates and of the gradients
+MAX_BC, GRAD_MAX_BC = 64, 128
 
 
 @triton.jit
@@ -105,10 +106,10 @@ def log_gates_grad_kernel(
     tl.store(p_share + R * 2 * HALF + cols, tl.sum(b_dbias, 0), mask=mask_c)
 
 
-def _settings(low: Tensor, half: int) -> dict:
+def _settings(low: Tensor, half: int, most: int) -> dict:
     half_precision = low.dtype != torch.float32
     op = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(low.dtype, tl.float32)
-    bc = max(16, min(MAX_BC, power_of_2(half)))
+    bc = max(16, min(most, power_of_2(half)))
     return dict(R=low.shape[1], BM=BM, BC=bc, OP=op, PRECISION='tf32' if half_precision else 'ieee')
 
 
@@ -117,7 +118,7 @@ def forward(low: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tu
     m, half = low.shape[0], weight.shape[0] // 2
     fwd = torch.empty(m, half, dtype=dtype, device=low.device)
     bwd = torch.empty_like(fwd)
-    settings = _settings(low, half)
+    settings = _settings(low, half, MAX_BC)
     grid = (ceil_div(m, BM), 2, ceil_div(half, settings['BC']))
     log_gates_kernel[grid](low, weight, bias, fwd, bwd, m, half, low.stride(0), **settings)
     return fwd, bwd
@@ -128,7 +129,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients to low, float32, and (R + 1, C) to weight, turned, and bias."""
     (m, r), half = low.shape, weight.shape[0] // 2
-    settings = _settings(low, half)
+    settings = _settings(low, half, GRAD_MAX_BC)
     blocks = ceil_div(half, settings['BC'])
     programs = num_programs(ceil_div(m, BM), low.device, max(1, 4 // blocks))
     dlow = torch.empty(2 * blocks, m, r, dtype=torch.float32, device=low.device)

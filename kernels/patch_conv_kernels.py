@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, power_of_2
 
-BM, MAX_BK, WARPS = 64, 64, 4
+BM, MAX_BK, WARPS = 16, 256, 4
 
 
 @triton.jit

@@ -14,6 +14,8 @@ from mmvig.kernels.shares import sum_shares
 
 TILE = 4096  # elements of a tile
 WARPS = 8
+RESIDENT = 2  # programs a multiprocessor of the gradients, which walk over tiles
+PIPELINED = 4  # tiles from which on a program of the gradients loads the next one ahead
 
 
 @triton.jit
@@ -67,7 +69,7 @@ def residual_norm_kernel(
 def residual_norm_grad_kernel(
     p_sum, p_keep, p_weight, p_dsum, p_dout, p_dx, p_dy, p_share, M, C, tokens, eps,
     BM: tl.constexpr, BC: tl.constexpr, HAS_DSUM: tl.constexpr, HAS_Y: tl.constexpr,
-    HAS_KEEP: tl.constexpr, CENTER: tl.constexpr,
+    HAS_KEEP: tl.constexpr, CENTER: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients to x and y, and this program's shares of those to weight and bias.
 
@@ -81,7 +83,8 @@ def residual_norm_grad_kernel(
     b_weight = tl.load(p_weight + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
     b_dweight = tl.zeros([BM, BC], tl.float32)
     b_dbias = tl.zeros([BM, BC], tl.float32)
-    for start in range(tl.program_id(0) * BM, M, tl.num_programs(0) * BM):
+    step = tl.num_programs(0) * BM
+    for start in tl.range(tl.program_id(0) * BM, M, step, num_stages=STAGES):
         rows = start + tl.arange(0, BM)
         mask = (rows < M)[:, None] & mask_c
         at = rows[:, None].to(tl.int64) * C + cols[None, :]
@@ -152,11 +155,13 @@ def backward(
     dy = None if y_dtype is None else torch.empty_like(total, dtype=y_dtype)
     block = power_of_2(c)
     rows = max(1, TILE // block)
-    programs = num_programs(ceil_div(m, rows), total.device, 2)
+    tiles = ceil_div(m, rows)
+    programs = num_programs(tiles, total.device, RESIDENT)
+    stages = 2 if tiles >= PIPELINED * programs else 1
     share = total.new_empty(programs, 2 if center else 1, c, dtype=torch.float32)
     residual_norm_grad_kernel[(programs,)](
         total, keep, weight, dsum, dout, dx, dy, share, m, c, m // total.shape[0], eps,
         BM=rows, BC=block, HAS_DSUM=dsum is not None, HAS_Y=dy is not None,
-        HAS_KEEP=keep is not None, CENTER=center, num_warps=WARPS,
+        HAS_KEEP=keep is not None, CENTER=center, STAGES=stages, num_warps=WARPS,
     )  # fmt: skip
     return dx, dy, sum_shares(share)

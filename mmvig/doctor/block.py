@@ -110,12 +110,13 @@ def _sampling_points(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
 
 
 def _deform_attn_of_offsets(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
-    offsets, logits, _, heads = _sampling_points(rand, dtype, dims)
-    shapes = torch.tensor([[5, 7], [3, 4], [2, 2]])
-    areas = shapes.prod(1)
-    value = rand(2, int(areas.sum()), heads[0], 32, dtype=dtype)
-    table = (rand(49, 2, dtype=FP32).sigmoid(), 1 / shapes.flip(1).float())
-    return [value, (shapes, areas.cumsum(0) - areas), offsets, logits, table, heads]
+    heads = (dims // 4, 1, 4)
+    wide = 4 * heads[0]
+    both = rand(2, 49, 3 * wide, dtype=dtype)
+    value = rand(2, 35, heads[0], 32, dtype=dtype)
+    levels = (torch.tensor([[5, 7]]), torch.tensor([0]))
+    table = (rand(49, 2, dtype=FP32).sigmoid(), torch.tensor([[1 / 7, 1 / 5]]))
+    return [value, levels, *both.split([2 * wide, wide], -1), table, heads]
 
 
 def _stem_conv(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:

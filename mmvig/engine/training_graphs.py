@@ -114,9 +114,9 @@ class TrainingRecording:
         self._douts = self.memory.like('gradients of outputs', outs)
         with torch.cuda.graph(self._backward, **settings):
             grads = step.backward(outs, self._douts)
-            # flat, since a single gradient in another layout would cost a copy of its own for each
+            # flat: with a single gradient in another layout PyTorch would copy one by one
             places = self._grads.split([p.numel() for p in self.params])
-            torch._foreach_copy_(places, [grad.reshape(-1) for grad in grads])
+            torch._foreach_copy_(places, [grad.contiguous().view(-1) for grad in grads])
 
     def forward(self, x: Tensor) -> Maps:
         """Replays the forward pass."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mmvig.kernels import ms_deform_attn
+from mmvig.kernels import sampling_points
 from mmvig.models.layers.deform_attn import (
     MAX_LEVELS,
     DeformableAttention,
@@ -71,5 +72,8 @@ def test_locations_are_float32_under_autocast() -> None:
     attn = DeformableAttention(8, num_heads=2, num_levels=3)
     grid, levels = Levels(((4, 6),), CPU), Levels(tuple(SHAPES), CPU)
     with torch.autocast('cpu', torch.bfloat16):
-        locations, weights = attn._points(torch.randn(2, 24, 8), (grid.centers, levels.pixel))
+        points = attn.points(torch.randn(2, 24, 8))
+        table = (grid.centers, levels.pixel)
+        locations, weights = sampling_points(*points, table, (2, 3, 4))
+    assert points[0].dtype == torch.bfloat16
     assert (locations.dtype, weights.dtype) == (torch.float32, torch.float32)

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmvig.models.layers.norm import normalize_batch
+from mmvig.models.layers.conv import Conv2d, fold_norm
+from mmvig.models.layers.norm import given_statistics, normalize_batch
 
 
 class Noted(nn.SyncBatchNorm):
@@ -40,3 +42,38 @@ def test_hooks_see_the_layer() -> None:
     out = normalize_batch(norm, torch.randn(3, 2, 4, 4), relu=True)
     assert seen == ['forward']
     assert (out >= 0).all()
+
+
+def conv_and_norm(device: str = 'cpu') -> tuple[Conv2d, nn.BatchNorm2d]:
+    conv = Conv2d(8, 16, 3, 2, padding=1, bias=False).to(device)
+    norm = nn.BatchNorm2d(16).to(device)
+    for param in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(param)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    return conv, norm.eval()
+
+
+@torch.no_grad()
+def test_a_norm_folds_into_the_conv_before_it() -> None:
+    conv, norm = conv_and_norm()
+    x = torch.randn(2, 8, 9, 6)
+    given = given_statistics(norm)
+    weight, bias = fold_norm((torch.float32, norm.eps), conv.weight, *given)
+    out = F.conv2d(x, weight, bias, stride=2, padding=1)
+    torch.testing.assert_close(out, norm(conv(x)), rtol=1e-4, atol=1e-5)
+    assert not conv.folds_norm(x) and not conv.folds_norm(x.half())  # no GPU
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_conv_norm_and_relu_in_one_call(dtype: torch.dtype) -> None:
+    conv, norm = conv_and_norm('cuda')
+    x = torch.randn(2, 8, 9, 6, device='cuda').to(dtype, memory_format=torch.channels_last)
+    assert conv.folds_norm(x) and not conv.folds_norm(x.float())
+    for _ in range(2):  # what is kept of the statistics follows them
+        expected = norm(F.conv2d(x.double(), conv.weight.double(), stride=2, padding=1).float())
+        out = conv.with_norm(x, given_statistics(norm), norm.eps)
+        assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
+        assert (out.float() - expected.relu()).norm() < 1e-2 * expected.relu().norm()
+        norm.running_mean.add_(0.5)

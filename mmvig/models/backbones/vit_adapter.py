@@ -32,7 +32,7 @@ from mmvig.models.layers.embed import (
 from mmvig.models.layers.hooks import has_hooks
 from mmvig.models.layers.interaction import Extractor, Injector, Interaction
 from mmvig.models.layers.kept import Kept, cast
-from mmvig.models.layers.linear import cast_ahead, multiply
+from mmvig.models.layers.linear import cast_ahead
 from mmvig.models.layers.norm import Stream, given_statistics, normalize_batch
 from mmvig.models.layers.spatial_prior import SpatialPriorModule, init_conv
 from mmvig.models.utils import ascending_indices
@@ -183,7 +183,10 @@ class ViTAdapter(BaseModule):
         up, fc1 = self.up, self.spm.fc1
         made = self._kept_finest(x.dtype, up.weight, fc1.weight, up.bias, fc1.bias)
         product, projection, bias = made
-        x = multiply(x.permute(0, 2, 3, 1), product)
+        # a level of the pyramid has gaps between images: one product each needs no copy of it
+        rows = x.permute(0, 2, 3, 1)
+        x = torch.bmm(rows.flatten(1, 2), product.t().expand(len(x), -1, -1))
+        x = x.view(*rows.shape[:3], -1)
         norm, given = self.norm1, given_statistics(self.norm1)
         return finest_map(x, c1, projection, tokens, bias, given, norm.eps)
 
@@ -205,9 +208,9 @@ class ViTAdapter(BaseModule):
         grid = make_levels([hw], x.device)
         stream, tokens = Stream(c), []
         for part, (first, last) in zip(self.interactions, self.interaction_indexes, strict=True):
-            pending, stream = self._run(part.injector, x, stream, grid, pyramid)
+            pending, stream, points = self._run(part.inject, x, stream, grid, pyramid)
             pending = self.trunk.run_stream(pending, hw, first, last + 1)
-            stream, x = self._run(part.extract, stream, pending, grid, pyramid)
+            stream, x = self._run(part.extract, stream, pending, grid, pyramid, points)
             tokens.append(x)
         return stream, tokens
 

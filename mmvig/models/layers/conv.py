@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from mmvig.kernels import patch_conv
 from mmvig.kernels.dispatch import form, working_dtype
 from mmvig.kernels.patch_conv import as_matrix, has_kernel, windows
+from mmvig.kernels.resized_sum import Norm
 from mmvig.models.layers.kept import Kept, cast
 from mmvig.models.layers.linear import merged_linear, multiply
 
@@ -23,7 +24,20 @@ class Conv2d(nn.Conv2d):
         padding: int = 0, bias: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
-        self._kept = Kept(cast)
+        self._kept, self._kept_folded = Kept(cast), Kept(fold_norm)
+
+    def with_norm(self, x: Tensor, given: Norm, eps: float) -> Tensor:
+        """The conv, batch norm by given statistics and ReLU, by one call; see `folds_norm`."""
+        params = self._kept_folded((x.dtype, eps), self.weight, *given)
+        settings = (self.stride, self.padding, self.dilation, self.groups)
+        return torch.cudnn_convolution_relu(x, *params, *settings)
+
+    def folds_norm(self, x: Tensor) -> bool:
+        """Whether `with_norm` serves: in inference on a GPU with cuDNN, in half precision."""
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        if torch.is_grad_enabled() or not (half and x.is_cuda) or self.bias is not None:
+            return False
+        return form(x) == 'eager' and torch.version.hip is None and torch.backends.cudnn.enabled
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H', W')."""
@@ -37,6 +51,24 @@ class Conv2d(nn.Conv2d):
             params = self._kept(dtype, *params)
         bias = params[1] if self.bias is not None else None
         return F.conv2d(x, params[0], bias, self.stride, self.padding)
+
+
+def fold_norm(
+    setting: tuple[torch.dtype, float],
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Weight, channels last, and bias, in a dtype, of a conv with a batch norm behind it.
+
+    Setting is the dtype and the norm's eps.
+    """
+    dtype, eps = setting
+    factor = scale * torch.rsqrt(var + eps)
+    folded = (weight * factor[:, None, None, None]).to(dtype, memory_format=torch.channels_last)
+    return folded, (shift - mean * factor).to(dtype)
 
 
 class PatchConv2d(Conv2d):

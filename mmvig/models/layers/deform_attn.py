@@ -84,6 +84,10 @@ def cached_levels() -> list[Levels]:
     return list(_LEVELS.values())
 
 
+# Offsets (B, Q, H * L * P * 2) in pixels of the level, and logits (B, Q, H * L * P)
+Points = tuple[Tensor, Tensor]
+
+
 class DeformableAttention(nn.Module):
     """Multi-scale deformable attention (arXiv 2010.04159) without dropout and residual.
 
@@ -140,12 +144,19 @@ class DeformableAttention(nn.Module):
 
     def sample(self, query: Tensor, feat: Tensor, grid: Levels, levels: Levels) -> Tensor:
         """The same, without the last projection: (B, Q, channels of all heads together)."""
-        value = self.value_proj(feat).unflatten(-1, (self.num_heads, -1))
+        return self.sample_at(self.value_proj(feat), self.points(query), grid, levels)
+
+    def points(self, query: Tensor) -> Points:
+        """Of queries (B, Q, C)."""
         kept, weights, biases = self.products()
-        offsets, logits = merged_linear(query, weights, biases, kept)
+        return tuple(merged_linear(query, weights, biases, kept))
+
+    def sample_at(self, value: Tensor, points: Points, grid: Levels, levels: Levels) -> Tensor:
+        """As `sample`, of what the projection of the features and `points` gave."""
+        value = value.unflatten(-1, (self.num_heads, -1))
         heads = (self.num_heads, self.num_levels, self.num_points)
         maps, table = (levels.spatial_shapes, levels.start_index), (grid.centers, levels.pixel)
-        return deform_attn_of_offsets(value, maps, offsets, logits, table, heads)
+        return deform_attn_of_offsets(value, maps, *points, table, heads)
 
     def products(self) -> Product:
         """Of the linears that are called as one, for `cast_ahead`."""

@@ -7,8 +7,9 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from mmvig.kernels import residual_norm
 from mmvig.kernels.dispatch import form, working_dtype
-from mmvig.models.layers.deform_attn import DeformableAttention, Levels
+from mmvig.models.layers.deform_attn import DeformableAttention, Levels, Points
 from mmvig.models.layers.ffn import ConvFFN
 from mmvig.models.layers.hooks import has_hooks
 from mmvig.models.layers.kept import Kept
@@ -32,19 +33,28 @@ class Injector(nn.Module):
     def forward(self, x: Tensor, c: Stream, grid: Levels, pyramid: Levels) -> tuple[Stream, Stream]:
         """x (B, N, C) of the grid, c (B, S, C) of the pyramid's three levels, to new x, and c."""
         total, feat = self.feat_norm.add(*c)
-        x, query = self.query_norm.add(x, None, None)
-        proj = self.attn.output_proj
-        if form(x) != 'eager' or _is_watched(self.attn) or _is_watched(proj):
+        if form(x) != 'eager' or self.is_watched():
+            query = self.query_norm(x)
             return Stream(x, self.gamma * self.attn(query, feat, grid, pyramid)), Stream(total)
+        return self.inject(x, self.attn.value_proj(feat), grid, pyramid), Stream(total)
+
+    def is_watched(self) -> bool:
+        """Whether the attention or its last projection has to run as a module."""
+        return _is_watched(self.attn) or _is_watched(self.attn.output_proj)
+
+    def inject(self, x: Tensor, value: Tensor, grid: Levels, pyramid: Levels) -> Stream:
+        """x with what it takes of the projected features; on a GPU."""
+        x, query = self.query_norm.add(x, None, None)
+        sampled = self.attn.sample_at(value, self.attn.points(query), grid, pyramid)
         # gamma times a product is the product with gamma times the weights
-        sampled = self.attn.sample(query, feat, grid, pyramid)
+        proj = self.attn.output_proj
         if torch.is_grad_enabled():
             weight, bias = _scale(proj.weight, proj.bias, self.gamma)
             (out,) = merged_linear(sampled, [weight], [bias])
         else:
             made = self._kept(working_dtype(x), proj.weight, proj.bias, self.gamma)
             out = multiply(sampled, *made)
-        return Stream(x, out), Stream(total)
+        return Stream(x, out)
 
 
 def _scale(weight: Tensor, bias: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,11 +91,25 @@ class Extractor(nn.Module):
         self.ffn_norm = LayerNorm(dims, eps=EPS)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, c: Stream, x: Stream, grid: Levels, pyramid: Levels) -> tuple[Stream, Stream]:
-        """c (B, S, C) of the pyramid, x (B, N, C) of the grid, to new c, and x."""
-        total, query = self.query_norm.add(*c)
+    def forward(
+        self,
+        c: Stream,
+        x: Stream,
+        grid: Levels,
+        pyramid: Levels,
+        points: Points | None = None,
+    ) -> tuple[Stream, Stream]:
+        """c (B, S, C) of the pyramid, x (B, N, C) of the grid, to new c, and x.
+
+        Points are the attention's of c, where they are known; c has nothing to be added then.
+        """
         x, feat = self.feat_norm.add(*x)
-        out = self.attn(query, feat, pyramid, grid)
+        if points is None:
+            total, query = self.query_norm.add(*c)
+            out = self.attn(query, feat, pyramid, grid)
+        else:
+            total, value = c.x, self.attn.value_proj(feat)
+            out = self.attn.output_proj(self.attn.sample_at(value, points, pyramid, grid))
         total, normed = self.ffn_norm.add(total, out, None)
         out = self.ffn(normed, pyramid.shapes)
         return Stream(total, out, draw_keep(total, self.drop_path)), Stream(x)
@@ -99,6 +123,7 @@ class Interaction(nn.Module):
         self.injector = injector
         self.extractor = extractor
         self.extra_extractors = nn.ModuleList(extra) if extra else None
+        self._kept = Kept(_fold_norms)
 
     def products(self) -> list[Product]:
         """All whose weights can be cast ahead: not the injector's last, which gamma scales."""
@@ -109,8 +134,67 @@ class Interaction(nn.Module):
                 parts.pop(linear, None)
         return [m.products() for m in parts if m is not scaled]
 
-    def extract(self, c: Stream, x: Stream, grid: Levels, pyramid: Levels) -> tuple[Stream, Tensor]:
+    def inject(
+        self, x: Tensor, c: Stream, grid: Levels, pyramid: Levels
+    ) -> tuple[Stream, Stream, Points | None]:
+        """Runs the injector; in inference on a GPU with the extractor's first product, too.
+
+        Both read norms of c, which stays as it is in between: with the norms' weights in those of
+        the products, one norm and one product serve both. Returns new x, c, and the extractor's
+        points, or None.
+        """
+        if torch.is_grad_enabled() or form(x) != 'eager' or self._is_watched():
+            return *self.injector(x, c, grid, pyramid), None
+        first, second = self.injector, self.extractor
+        linears = (
+            first.attn.value_proj,
+            second.attn.sampling_offsets,
+            second.attn.attention_weights,
+        )
+        params = [p for part in (first.feat_norm, second.query_norm, *linears)
+                  for p in (part.weight, part.bias)]  # fmt: skip
+        weight, bias, *plain = self._kept(working_dtype(x), *params)
+        total, normed = residual_norm(c.x, c.y, *plain, EPS, c.keep)
+        widths = [linear.out_features for linear in linears]
+        value, *points = multiply(normed, weight, bias).split(widths, -1)
+        return first.inject(x, value, grid, pyramid), Stream(total), tuple(points)
+
+    def _is_watched(self) -> bool:
+        first, second = self.injector, self.extractor
+        modules = (first.attn, second.attn, first.attn.value_proj, second.attn.sampling_offsets,
+                   second.attn.attention_weights)  # fmt: skip
+        others = (first, second, first.feat_norm, second.query_norm)
+        return (
+            first.is_watched()
+            or any(_is_watched(m) for m in modules)
+            or any(has_hooks(m) for m in others)
+        )
+
+    def extract(
+        self,
+        c: Stream,
+        x: Stream,
+        grid: Levels,
+        pyramid: Levels,
+        points: Points | None = None,
+    ) -> tuple[Stream, Tensor]:
         """Runs the extractors in turn; arguments as of `Extractor.forward`, x is returned added."""
-        for extractor in (self.extractor, *(self.extra_extractors or ())):
+        c, x = self.extractor(c, x, grid, pyramid, points)
+        for extractor in self.extra_extractors or ():
             c, x = extractor(c, x, grid, pyramid)
         return c, x.sum()
+
+
+def _fold_norms(
+    dtype: torch.dtype, feat: Tensor, feat_bias: Tensor, query: Tensor, query_bias: Tensor,
+    *linears: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Weight and bias of three linears as one, the norms before them included; then ones and zeros.
+
+    Norms are of the features, which the first linear reads, and of the queries.
+    """
+    norms = ((feat, feat_bias), (query, query_bias), (query, query_bias))
+    pairs = [*zip(norms, linears[::2], linears[1::2], strict=True)]
+    weight = torch.cat([w * scale for (scale, _), w, _ in pairs])
+    bias = torch.cat([b + w @ shift for (_, shift), w, b in pairs])
+    return weight.to(dtype), bias.to(dtype), torch.ones_like(feat), torch.zeros_like(feat)

@@ -88,15 +88,16 @@ def _run(layers: nn.Sequential, x: Tensor) -> Tensor:
     triples = len(layers) // 3
     for i in range(triples):
         conv, norm = layers[3 * i], layers[3 * i + 1]
-        if conv.stride == (2, 2) and conv.in_channels <= MAX_CHANNELS and not _is_watched(conv):
-            given = None if torch.is_grad_enabled() else given_statistics(norm)
-            if given is not None and not (pools and triples == 1):
-                x = stem_conv(x, conv.weight, given, norm.eps, relu=True)
-                continue
-            x = stem_conv(x, conv.weight)
+        pool, bare = pools and i == triples - 1, not _is_watched(conv)
+        begins = bare and conv.stride == (2, 2) and conv.in_channels <= MAX_CHANNELS
+        given = None if pool or torch.is_grad_enabled() else given_statistics(norm)
+        if begins and given is not None:
+            x = stem_conv(x, conv.weight, given, norm.eps, relu=True)
+        elif bare and given is not None and conv.folds_norm(x):
+            x = conv.with_norm(x, given, norm.eps)
         else:
-            x = conv(x)
-        x = normalize_batch(norm, x, relu=True, pool=pools and i == triples - 1)
+            x = stem_conv(x, conv.weight) if begins else conv(x)
+            x = normalize_batch(norm, x, relu=True, pool=pool)
     return x
 
 
