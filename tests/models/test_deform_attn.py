@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from mmvig.kernels import ms_deform_attn
-from mmvig.kernels import sampling_points
+from mmvig.kernels import ms_deform_attn, sampling_points
 from mmvig.models.layers.deform_attn import (
     MAX_LEVELS,
     DeformableAttention,

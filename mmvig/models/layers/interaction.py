@@ -140,8 +140,7 @@ class Interaction(nn.Module):
         """Runs the injector; in inference on a GPU with the extractor's first product, too.
 
         Both read norms of c, which stays as it is in between: with the norms' weights in those of
-        the products, one norm and one product serve both. Returns new x, c, and the extractor's
-        points, or None.
+        the products, one norm serves both. Returns new x, c, and the extractor's points, or None.
         """
         if torch.is_grad_enabled() or form(x) != 'eager' or self._is_watched():
             return *self.injector(x, c, grid, pyramid), None
@@ -153,11 +152,12 @@ class Interaction(nn.Module):
         )
         params = [p for part in (first.feat_norm, second.query_norm, *linears)
                   for p in (part.weight, part.bias)]  # fmt: skip
-        weight, bias, *plain = self._kept(working_dtype(x), *params)
-        total, normed = residual_norm(c.x, c.y, *plain, EPS, c.keep)
-        widths = [linear.out_features for linear in linears]
-        value, *points = multiply(normed, weight, bias).split(widths, -1)
-        return first.inject(x, value, grid, pyramid), Stream(total), tuple(points)
+        *products, ones, zeros = self._kept(working_dtype(x), *params)
+        total, normed = residual_norm(c.x, c.y, ones, zeros, EPS, c.keep)
+        # two products, since the points outlive the value, which takes more memory
+        value, points = multiply(normed, *products[:2]), multiply(normed, *products[2:])
+        points = points.split([linear.out_features for linear in linears[1:]], -1)
+        return first.inject(x, value, grid, pyramid), Stream(total), points
 
     def _is_watched(self) -> bool:
         first, second = self.injector, self.extractor
@@ -189,12 +189,14 @@ def _fold_norms(
     dtype: torch.dtype, feat: Tensor, feat_bias: Tensor, query: Tensor, query_bias: Tensor,
     *linears: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Weight and bias of three linears as one, the norms before them included; then ones and zeros.
+    """Weights and biases of linears with the norms before them in them; then ones and zeros.
 
-    Norms are of the features, which the first linear reads, and of the queries.
+    The first linear reads the norm of the features, the others, returned as one, of the queries.
     """
-    norms = ((feat, feat_bias), (query, query_bias), (query, query_bias))
-    pairs = [*zip(norms, linears[::2], linears[1::2], strict=True)]
-    weight = torch.cat([w * scale for (scale, _), w, _ in pairs])
-    bias = torch.cat([b + w @ shift for (_, shift), w, b in pairs])
-    return weight.to(dtype), bias.to(dtype), torch.ones_like(feat), torch.zeros_like(feat)
+    value, value_bias, *others = linears
+    points, points_bias = torch.cat(others[::2]), torch.cat(others[1::2])
+    folded = (
+        value * feat, value_bias + value @ feat_bias,
+        points * query, points_bias + points @ query_bias,
+    )  # fmt: skip
+    return *(t.to(dtype) for t in folded), torch.ones_like(feat), torch.zeros_like(feat)
