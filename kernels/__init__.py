@@ -2,7 +2,6 @@
 
 from mmvig.kernels.batch_norm import batch_norm
 from mmvig.kernels.bigla import bidirectional_gla
-from mmvig.kernels.deform_attn_of_offsets import deform_attn_of_offsets
 from mmvig.kernels.depthwise_conv import depthwise_conv
 from mmvig.kernels.finest_map import finest_map
 from mmvig.kernels.gated_head_norm import gated_head_norm
@@ -18,7 +17,6 @@ from mmvig.kernels.swiglu import swiglu
 __all__ = [
     'batch_norm',
     'bidirectional_gla',
-    'deform_attn_of_offsets',
     'depthwise_conv',
     'finest_map',
     'gated_head_norm',

@@ -1,11 +1,12 @@
 """The ViT-Adapter's map of stride 4: what lies behind its products, in inference one kernel."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmvig.kernels import reference
 from mmvig.kernels.dispatch import as_pixels, check_devices, form
-from mmvig.kernels.resized_sum import Norm, resize_ratio
+from mmvig.kernels.resized_sum import Norm, resize_ratio, resized_sum
 
 
 def finest_map(
@@ -22,7 +23,7 @@ def finest_map(
     A transposed conv of 2x2 pixels with stride 2 is a product, x, whose rows are four pixels.
     Resizing is that of `resized_sum`. On CUDA in half precision, without gradients, outside
     `torch.compile`, one kernel: neither the pixels in their order nor the projection, each as large
-    as the result, is written.
+    as the result, is written. Elsewhere `resized_sum` of both.
 
     Args:
         x: (B, H / 2, W / 2, 4 * C), contiguous: pixels (0, 0), (0, 1), (1, 0) and (1, 1) of a
@@ -45,7 +46,9 @@ def finest_map(
     half = x.dtype in (torch.bfloat16, torch.float16)
     is_eager = form(x, tokens, bias, *norm) == 'eager' and not torch.is_grad_enabled()
     if not half or not is_eager or down != 1:
-        return reference.finest_map(x, y, project, tokens, bias, norm, eps)
+        pixels = reference.shuffle(x)
+        projected = F.conv2d(y, project[:, :, None, None])
+        return resized_sum(pixels, tokens, projected, bias, norm, eps)
     # Imported here since PyTorch builds for the CPU come without Triton.
     from mmvig.kernels.finest_map_kernels import forward
 

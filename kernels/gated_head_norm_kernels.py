@@ -52,11 +52,14 @@ def gated_head_norm_kernel(
 
 @triton.jit
 def gated_head_norm_grad_kernel(
-    p_x, p_local, p_gate, p_bias, p_wx, p_wl, p_dout, p_dx, p_dlocal, p_dgate, p_share,
+    p_x, p_local, p_gate, p_bias, p_wx, p_wl, p_dout, p_dx, p_dlocal, p_dgate, p_share, p_out,
     M, V, x_m, local_m, gate_m, dout_m, eps,
     BM: tl.constexpr, BV: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
+    WITH_OUT: tl.constexpr,
 ):  # fmt: skip
     """Gradients to x, local and gate, contiguous, and shares of those to the two weights and bias.
+
+    And the forward's result, contiguous, if WITH_OUT.
 
     Program (p, h) takes each num_programs-th tile of head h; shares are (programs, 3, H, V).
     """
@@ -84,13 +87,16 @@ def gated_head_norm_grad_kernel(
             b_gate += b_bias
         b_s = tl.sigmoid(b_gate)
         b_difference = b_wx * b_x - b_wl * b_l
+        at = b_row * width + b_col
+        b_out = b_s * b_difference + b_wl * b_l
         if SILU:
-            b_out = b_s * b_difference + b_wl * b_l
             b_t = tl.sigmoid(b_out)
             b_d *= b_t * (1 + b_out * (1 - b_t))
+            b_out *= b_t
+        if WITH_OUT:
+            tl.store(p_out + at, b_out.to(p_out.dtype.element_ty), mask=mask)
         b_ds = b_d * b_s
         b_dl = b_d - b_ds
-        at = b_row * width + b_col
         b_dgate = b_ds * (1 - b_s) * b_difference
         tl.store(p_dgate + at, b_dgate.to(p_dgate.dtype.element_ty), mask=mask)
         b_dbias += b_dgate
@@ -145,8 +151,12 @@ def backward(
     dout: Tensor,
     silu: bool,
     eps: float,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to x, local and gate, contiguous, and (3, H, V) to weight_x, weight_local, bias."""
+    """Gradients to x, local and gate, contiguous, and (3, H, V) to weight_x, weight_local, bias.
+
+    Out (M, H * V), if given, is filled with the forward's result, so that nobody has to keep it.
+    """
     (m, c), v = x.shape, weight_x.shape[0]
     grads = [t.new_empty(m, c) for t in (x, local, gate)]
     tile = _tile(v)
@@ -154,8 +164,8 @@ def backward(
     programs = num_programs(ceil_div(m, tile['BM']), x.device, max(1, 6 // heads))
     share = torch.empty(programs, 3, heads, v, dtype=torch.float32, device=x.device)
     gated_head_norm_grad_kernel[(programs, heads)](
-        x, local, gate, bias, weight_x, weight_local, dout, *grads, share, m, v,
+        x, local, gate, bias, weight_x, weight_local, dout, *grads, share, out, m, v,
         x.stride(0), local.stride(0), gate.stride(0), dout.stride(0), eps,
-        **tile, HAS_BIAS=bias is not None, SILU=silu,
+        **tile, HAS_BIAS=bias is not None, SILU=silu, WITH_OUT=out is not None,
     )  # fmt: skip
     return (*grads, sum_shares(share))

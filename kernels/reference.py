@@ -270,10 +270,14 @@ def finest_map(
         (B, C, H, W) in the dtype of x; computed in that dtype or float32, whichever is wider.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    squares = x.to(dtype).unflatten(-1, (2, 2, -1))  # (B, H / 2, W / 2, 2, 2, C)
-    pixels = squares.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
     projected = F.conv2d(y.to(dtype), project.to(dtype)[:, :, None, None])
-    return resized_sum(pixels, tokens, projected, bias, norm, eps).to(x.dtype)
+    return resized_sum(shuffle(x.to(dtype)), tokens, projected, bias, norm, eps).to(x.dtype)
+
+
+def shuffle(x: Tensor) -> Tensor:
+    """(B, H / 2, W / 2, 4 * C), four pixels a row, to (B, C, H, W)."""
+    squares = x.unflatten(-1, (2, 2, -1))  # (B, H / 2, W / 2, 2, 2, C)
+    return squares.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 def batch_norm(
@@ -324,27 +328,6 @@ def sampling_points(
     dtype = torch.promote_types(logits.dtype, torch.float32)
     weights = logits.unflatten(-1, (heads[0], -1)).softmax(-1, dtype=dtype)
     return locations, weights.unflatten(-1, heads[1:])
-
-
-def deform_attn_of_offsets(
-    value: Tensor,
-    levels: tuple[Tensor, Tensor],
-    offsets: Tensor,
-    logits: Tensor,
-    table: tuple[Tensor, Tensor],
-    heads: tuple[int, int, int],
-) -> Tensor:
-    """`ms_deform_attn` at `sampling_points`.
-
-    Args:
-        value: (B, S, H, D).
-        levels: (height, width) of each level (L, 2), and where it starts in S, (L,).
-        offsets, logits, table, heads: As of `sampling_points`.
-
-    Returns:
-        (B, Q, H * D) in the dtype of value.
-    """
-    return ms_deform_attn(value, *levels, *sampling_points(offsets, logits, table, heads))
 
 
 def stem_conv(

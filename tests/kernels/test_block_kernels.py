@@ -18,7 +18,6 @@ skip_without_kernels()
 
 from mmvig.kernels import (  # noqa: E402
     batch_norm_kernels,
-    deform_attn_of_offsets_kernels,
     depthwise_conv_kernels,
     finest_map_kernels,
     gated_head_norm_kernels,
@@ -92,10 +91,12 @@ def test_residual_norm(
     total, out = residual_norm_kernels.forward(x, y, keep, weight, bias, 1e-3, dtype)
     dtotal, dout = rand(*shape), rand(*shape, dtype=dtype)
     y_dtype = None if y is None else dtype
+    again = None if center else torch.empty_like(out)
     dx, dy, dparams = residual_norm_kernels.backward(
-        total, keep, weight, dtotal, dout, 1e-3, y_dtype, center
+        total, keep, weight, dtotal, dout, 1e-3, y_dtype, center, again
     )
     actual = dict(total=total, out=out, dx=dx, dweight=dparams[0])
+    actual['again'] = out if center else again
     leaves = dict(x=x, y=y, weight=weight, bias=bias)
     leaves = {k: double(v)[0] for k, v in leaves.items() if v is not None}
     wide_keep = None if keep is None else keep.double()
@@ -104,7 +105,7 @@ def test_residual_norm(
     )
     loss = (total * dtotal).sum() + (out * dout).sum()
     grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-    expected = dict(total=total, out=out) | {f'd{name}': g for name, g in grads.items()}
+    expected = dict(total=total, out=out, again=out) | {f'd{name}': g for name, g in grads.items()}
     if y is not None:
         actual['dy'] = dy
     if center:
@@ -124,17 +125,19 @@ def test_gated_head_norm(
     gate, dout = rand(rows, width + 3, dtype=dtype)[:, :width], rand(rows, width, dtype=dtype)
     weights, bias = (rand(dims), rand(dims)), rand(width) if with_bias else None
     out = gated_head_norm_kernels.forward(x, local, gate, bias, *weights, silu, 1e-3)
+    again = torch.empty_like(out)
     dx, dlocal, dgate, shares = gated_head_norm_kernels.backward(
-        x, local, gate, bias, *weights, dout, silu, 1e-3
+        x, local, gate, bias, *weights, dout, silu, 1e-3, again
     )
     dw = shares[:2].sum(1)
-    actual = dict(out=out, dx=dx, dlocal=dlocal, dgate=dgate, dw=dw, dbias=shares[2].flatten())
+    actual = dict(out=out, again=again, dx=dx, dlocal=dlocal, dgate=dgate, dw=dw)
+    actual['dbias'] = shares[2].flatten()
     bias = torch.zeros(width, device=DEVICE) if bias is None else bias
     leaves = double(x, local, gate, *weights, bias)
     out = reference.gated_head_norm(*leaves, silu, 1e-3)
     *grads, dw_x, dw_local, dbias = torch.autograd.grad(out, leaves, dout.double())
-    names = ('out', 'dx', 'dlocal', 'dgate', 'dw', 'dbias')
-    values = (out, *grads, torch.stack([dw_x, dw_local]), dbias)
+    names = ('out', 'again', 'dx', 'dlocal', 'dgate', 'dw', 'dbias')
+    values = (out, out, *grads, torch.stack([dw_x, dw_local]), dbias)
     assert_close(actual, dict(zip(names, values, strict=True)), dtype)
 
 
@@ -305,39 +308,6 @@ def test_windows_of_patch_conv(
     expected = F.unfold(x.permute(0, 3, 1, 2), window, padding=padding, stride=stride)
     assert torch.equal(rows[..., :numbers].flatten(1, 2), expected.transpose(1, 2))
     assert not rows[..., numbers:].any()
-
-
-@dtypes
-@pytest.mark.parametrize(
-    ('heads', 'dims', 'sizes'),
-    [
-        ((2, 1, 4), 32, [(5, 7)]),
-        ((3, 3, 4), 16, [(4, 6), (2, 3), (1, 1)]),
-        ((1, 2, 3), 24, [(9, 2), (3, 3)]),
-    ],
-)
-def test_deform_attn_of_offsets(
-    heads: tuple[int, int, int], dims: int, sizes: list[tuple[int, int]], dtype: torch.dtype
-) -> None:
-    queries, samples = 13, heads[0] * heads[1] * heads[2]
-    shapes = torch.tensor(sizes, device=DEVICE)
-    areas = shapes.prod(1)
-    levels = (shapes, areas.cumsum(0) - areas)
-    value = rand(2, int(areas.sum()), heads[0], dims, dtype=dtype)
-    both = rand(2, queries, 3 * samples + 1, dtype=dtype)  # rows with a gap between them
-    offsets, logits = both[..., : 2 * samples], both[..., 2 * samples : 3 * samples]
-    table = (torch.rand(queries, 2, device=DEVICE), 1 / shapes.flip(1).float())
-    takes = deform_attn_of_offsets_kernels.takes(offsets, logits)
-    assert takes == (samples % 2 == 1)
-    if not takes:
-        offsets, logits = offsets.contiguous(), logits.contiguous()
-        assert deform_attn_of_offsets_kernels.takes(offsets, logits)
-    args = (value, levels, offsets, logits, table, heads)
-    out = deform_attn_of_offsets_kernels.forward(*args)
-    wide = [t.double() for t in (value, offsets, logits)]
-    table = tuple(t.double() for t in table)
-    expected = reference.deform_attn_of_offsets(wide[0], levels, *wide[1:], table, heads)
-    assert_close({'out': out}, {'out': expected}, dtype)
 
 
 @dtypes

@@ -136,6 +136,34 @@ def test_wrong_images(shape: tuple[int, ...], message: str) -> None:
         small_vig()(torch.randn(shape))
 
 
+def test_images_are_floating_point() -> None:
+    with pytest.raises(ValueError, match=r'expected images in a floating dtype, got torch.uint8'):
+        small_vig()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        (dict(out_indices=3), r'out_indices must be a tuple such as \(0, 11\), got 3'),
+        (dict(out_indices='last'), "got 'last'"),
+    ],
+)
+def test_indices_are_a_sequence(settings: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        ViG('tiny', **settings)
+
+
+@pytest.mark.parametrize('rate', [-0.1, 1.0, 1.5])
+def test_drop_path_is_a_probability(rate: float) -> None:
+    with pytest.raises(ValueError, match=f'drop_path_rate must be at least 0 .* got {rate}'):
+        ViG('tiny', drop_path_rate=rate)
+
+
+def test_init_cfg_is_a_dict() -> None:
+    with pytest.raises(TypeError, match=r"checkpoint='vig_t.pth'\), got the file alone"):
+        ViG('tiny', init_cfg='vig_t.pth').init_weights()
+
+
 def test_position_embedding_is_resized_alike_in_training() -> None:
     embed = torch.randn(1, 14 * 14, 6)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvig.models.backbones.plain_trunk import PlainTrunk
-from mmvig.models.layers.block import FusedForm
+from mmvig.models.layers.block import FusedForm, cast_ahead
 from mmvig.models.layers.embed import ConvPatchEmbed
 from mmvig.models.layers.ffn import SwiGLU
 from mmvig.models.layers.hooks import has_hooks
@@ -180,12 +180,15 @@ class ViG(PlainTrunk):
     def run_stream(self, x: Stream, hw: tuple[int, int], start: int, stop: int) -> Stream:
         """`forward_blocks` of a stream; the last block's addition is left to what follows."""
         x, y, keep = x
-        for index in range(start, stop):
-            run = chained_form(self.blocks[index])
-            if self.with_cp and torch.is_grad_enabled():
-                x, y, keep = checkpoint(run, x, y, keep, hw, use_reentrant=False)
-            else:
-                x, y, keep = run(x, y, keep, hw)
+        recomputes = self.with_cp and torch.is_grad_enabled()
+        blocks = self.blocks[start:stop]
+        forms = [(b, b._fused) for b in blocks if type(b) is ViGBlock and not recomputes]
+        with cast_ahead(forms, x):
+            for run in map(chained_form, blocks):
+                if recomputes:
+                    x, y, keep = checkpoint(run, x, y, keep, hw, use_reentrant=False)
+                else:
+                    x, y, keep = run(x, y, keep, hw)
         return Stream(x, y, keep)
 
     def _reset_parameters(self) -> None:

@@ -68,7 +68,8 @@ class ViTAdapter(BaseModule):
             ours or ViT-Adapter's flat layout, or of the trunk alone.
 
     Raises:
-        ValueError: For a setting that does not fit the trunk.
+        TypeError: If the trunk is no config.
+        ValueError: For a trunk that is not plain, or a setting that does not fit it.
     """
 
     def __init__(
@@ -88,9 +89,7 @@ class ViTAdapter(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        if trunk.get('final_norm'):
-            raise ValueError('the adapter does not use the final norm of its trunk: leave it out')
-        self.trunk = MODELS.build(dict(trunk, final_norm=False))
+        self.trunk = MODELS.build(dict(_check_trunk(trunk), final_norm=False))
         self.interaction_indexes = _check_interactions(interaction_indexes, len(self.trunk.blocks))
         self.token_maps = _check_token_maps(token_maps, len(interaction_indexes))
         self.out_indices = ascending_indices(out_indices, len(STRIDES), 'outputs')
@@ -138,10 +137,9 @@ class ViTAdapter(BaseModule):
         dtype = working_dtype(x)
         if torch.is_grad_enabled() or dtype != torch.bfloat16:
             dtype = torch.promote_types(dtype, self.level_embed.dtype)
-        c = concatenate([to_tokens(m) for m in maps], dtype)
         x, hw = self.trunk.embed(x)
         with self._cast_ahead(x):
-            c, tokens = self._interact(x, hw, c, pyramid)
+            c, tokens = self._interact(x, hw, maps, dtype, pyramid)
 
         # once; transposed conv, and convs behind the backbone, would do so
         c = c.sum(working_dtype(c.x))
@@ -202,16 +200,26 @@ class ViTAdapter(BaseModule):
         return F.conv_transpose2d(x, weight, stride=self.up.stride), self.up.bias
 
     def _interact(
-        self, x: Tensor, hw: tuple[int, int], c: Tensor, pyramid: Levels
+        self,
+        x: Tensor,
+        hw: tuple[int, int],
+        maps: list[Tensor],
+        dtype: torch.dtype,
+        pyramid: Levels,
     ) -> tuple[Stream, list[Tensor]]:
-        """Runs trunk and interactions: the pyramid (B, S, C), and the tokens after each."""
+        """Runs trunk and interactions: the pyramid (B, S, C), and the tokens the outputs need.
+
+        Empties the list of maps, and keeps no name for what is not needed any more: at 2048 pixels
+        each of these is a twentieth of the memory.
+        """
         grid = make_levels([hw], x.device)
-        stream, tokens = Stream(c), []
+        stream, tokens = Stream(concatenate([to_tokens(m) for m in maps], dtype)), []
+        maps.clear()
         for part, (first, last) in zip(self.interactions, self.interaction_indexes, strict=True):
             pending, stream, points = self._run(part.inject, x, stream, grid, pyramid)
             pending = self.trunk.run_stream(pending, hw, first, last + 1)
             stream, x = self._run(part.extract, stream, pending, grid, pyramid, points)
-            tokens.append(x)
+            tokens = [*tokens, x] if self.token_maps == 'each' else [x]
         return stream, tokens
 
     def _cast_ahead(self, x: Tensor) -> AbstractContextManager[None]:
@@ -261,6 +269,23 @@ def _cast_finest(
     """What `_finest` multiplies with, (4 C, C) and (C, channels of the stem), and both biases."""
     product = up.permute(2, 3, 1, 0).flatten(0, 2)  # rows in the order of pixels, then channels
     return product.to(dtype), fc1.flatten(1).to(dtype), up_bias + fc1_bias
+
+
+def _check_trunk(trunk: dict) -> dict:
+    if not isinstance(trunk, dict):
+        raise TypeError(
+            f"trunk must be a config such as dict(type='ViG', arch='tiny'), got {trunk!r}"
+        )
+    if trunk.get('final_norm'):
+        raise ValueError('the adapter does not use the final norm of its trunk: leave it out')
+    kind = trunk.get('type')
+    kind = MODELS.get(kind) if isinstance(kind, str) else kind
+    if isinstance(kind, type) and not hasattr(kind, 'run_stream'):
+        raise ValueError(
+            f'{kind.__name__} is no plain trunk: the adapter wraps ViG or TimmViT; a backbone of '
+            'several resolutions, such as ViGH, needs no adapter'
+        )
+    return trunk
 
 
 def _check_interactions(

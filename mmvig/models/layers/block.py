@@ -1,5 +1,8 @@
 """Whether a ViG block can take its fused form, and its weights for that."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -48,10 +51,14 @@ class FusedForm:
     """Calls `fused_block.run` for a block; in inference it keeps the weights that are cast.
 
     No module: holds no state that belongs into a checkpoint.
+
+    Attributes:
+        ahead: Weights that `cast_ahead` has cast for the pass that is under way, or None.
     """
 
     def __init__(self) -> None:
         self._kept = Kept(_cast)
+        self.ahead: tuple[Tensor, ...] | None = None  # by `cast_ahead`
 
     def __call__(
         self,
@@ -81,7 +88,7 @@ class FusedForm:
             (block.attn_norm.eps, block.mlp_norm.eps, attn.g_norm.eps),
             working_dtype(x),
         )
-        cast = None
+        cast = self.ahead
         if not torch.is_grad_enabled():
             cast = self._kept(settings.dtype, *fused_block.products(weights))
         y = None if y is None else y.contiguous()
@@ -90,6 +97,27 @@ class FusedForm:
     def __deepcopy__(self, memo: dict) -> 'FusedForm':
         """A copy of the model starts with nothing kept."""
         return FusedForm()
+
+
+@contextmanager
+def cast_ahead(forms: Sequence[tuple[nn.Module, FusedForm]], x: Tensor) -> Iterator[None]:
+    """In training on a GPU: casts the weights of several blocks by one call, for a pass inside."""
+    ready = []
+    if form(x) == 'eager' and torch.is_grad_enabled():
+        ready = [(fused, read_weights(block)) for block, fused in forms]
+        ready = [(fused, weights) for fused, weights in ready if weights is not None]
+    if ready:
+        from mmvig.models.layers import fused_block
+
+        sources = [fused_block.products(fused_block.Weights(*w)) for _, w in ready]
+        casts = fused_block.cast_all(working_dtype(x), sources)
+        for (fused, _), cast in zip(ready, casts, strict=True):
+            fused.ahead = cast
+    try:
+        yield
+    finally:
+        for fused, _ in ready:
+            fused.ahead = None
 
 
 def _cast(dtype: torch.dtype, *products: Tensor) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from mmvig.kernels import deform_attn_of_offsets
+from mmvig.kernels import ms_deform_attn, sampling_points
 from mmvig.models.layers.kept import is_capturing
 from mmvig.models.layers.linear import Linear, Product, keep_joined, merged_linear
 
@@ -156,7 +156,7 @@ class DeformableAttention(nn.Module):
         value = value.unflatten(-1, (self.num_heads, -1))
         heads = (self.num_heads, self.num_levels, self.num_points)
         maps, table = (levels.spatial_shapes, levels.start_index), (grid.centers, levels.pixel)
-        return deform_attn_of_offsets(value, maps, *points, table, heads)
+        return ms_deform_attn(value, *maps, *sampling_points(*points, table, heads))
 
     def products(self) -> Product:
         """Of the linears that are called as one, for `cast_ahead`."""

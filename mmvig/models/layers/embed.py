@@ -55,11 +55,16 @@ class _Concatenated(torch.autograd.Function):
 
 
 def check_image(x: Tensor, in_channels: int, patch_size: int) -> None:
-    """Raises ValueError where (B, C, H, W) has other channels, or a side shorter than a patch."""
+    """Raises ValueError where (B, C, H, W) has other channels, a short side, or integers."""
     if x.dim() != 4 or x.shape[1] != in_channels:
         raise ValueError(
             f'expected an image batch (B, {in_channels}, H, W), got {tuple(x.shape)}: '
             'set in_channels, or convert the images'
+        )
+    if not x.is_floating_point():
+        raise ValueError(
+            f'expected images in a floating dtype, got {x.dtype}: normalize them, as the data '
+            'preprocessor does'
         )
     if min(x.shape[2:]) < patch_size:
         raise ValueError(

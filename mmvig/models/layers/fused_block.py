@@ -8,6 +8,7 @@ float32 straight from the products, nothing allocated or checked twice.
 Shape legend: B batch, N = h * w tokens, M = B * N, C channels, H heads, F hidden channels.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,10 +23,12 @@ from mmvig.kernels import (
 )
 from mmvig.kernels.depthwise_conv import launch as convolve
 from mmvig.kernels.depthwise_conv import launch_backward as convolve_backward
+from mmvig.kernels.grid import ceil_div
 from mmvig.kernels.log_gates import gate_dtype
 from mmvig.kernels.products import wide_product
 
 Function = torch.autograd.function.FunctionCtx
+ALIGNMENT = 64  # numbers, of a block's cast weights
 
 
 class Settings(NamedTuple):
@@ -80,16 +83,26 @@ class Cast(NamedTuple):
 
 def cast(dtype: torch.dtype, *sources: Tensor) -> Cast:
     """Casts the weights of the products, `products(weights)`, in one call."""
-    low, down = sources[2], sources[5]
-    c, f = down.shape
-    flat = torch.empty(c * (4 * c + low.shape[0] + 3 * f), dtype=dtype, device=down.device)
-    parts = flat.split([t.numel() for t in sources])
+    return cast_all(dtype, [sources])[0]
+
+
+def cast_all(dtype: torch.dtype, blocks: Sequence[Sequence[Tensor]]) -> list[Cast]:
+    """Casts the weights of the products of several blocks in one call."""
+    every = [t for sources in blocks for t in sources]
+    sizes = [sum(t.numel() for t in sources) for sources in blocks]
+    places = [ceil_div(size, ALIGNMENT) * ALIGNMENT for size in sizes]
+    flat = torch.empty(sum(places), dtype=dtype, device=every[0].device)
+    made, parts = [], []
+    for place, sources in zip(flat.split(places), blocks, strict=True):
+        low, down = sources[2], sources[5]
+        c, f = down.shape
+        own = place[: sum(t.numel() for t in sources)].split([t.numel() for t in sources])
+        parts += [p.view(t.shape) for p, t in zip(own, sources, strict=True)]
+        into = place[: c * (3 * c + low.shape[0])].view(-1, c)
+        made.append(Cast(into, *parts[-3:]))
     with torch.no_grad():
-        torch._foreach_copy_(
-            [p.view(t.shape) for p, t in zip(parts, sources, strict=True)], sources
-        )
-    into = flat[: c * (3 * c + low.shape[0])].view(-1, c)
-    return Cast(into, parts[3].view(c, c), parts[4].view(2 * f, c), parts[5].view(c, f))
+        torch._foreach_copy_(parts, every)
+    return made
 
 
 def products(w: Weights) -> tuple[Tensor, ...]:
@@ -98,7 +111,10 @@ def products(w: Weights) -> tuple[Tensor, ...]:
 
 
 class Kept(NamedTuple):
-    """What the backward needs of the forward: tokens are (M, ...), the stream (B, N, C)."""
+    """What the backward needs of the forward: tokens are (M, ...), the stream (B, N, C).
+
+    The norms' results come out of their backward passes again; not that of a norm with a bias.
+    """
 
     stream: Tensor
     normed: Tensor
@@ -107,9 +123,8 @@ class Kept(NamedTuple):
     log_fwd: Tensor
     log_bwd: Tensor
     mixed: Tensor
-    blended: Tensor
     middle: Tensor
-    mlp_normed: Tensor
+    mlp_normed: Tensor | None
     hidden: Tensor
 
 
@@ -146,10 +161,9 @@ def forward(
     )
     mlp_normed = mlp_normed.view(-1, c)
     hidden = torch.mm(mlp_normed, half.up.t())
+    mlp_normed = None if w.mlp_norm_bias is None else mlp_normed
     branch = torch.mm(swiglu_kernels.forward(hidden), half.down.t()).view(b, n, c)
-    kept = Kept(
-        stream, normed, local, into, log_fwd, log_bwd, mixed, blended, middle, mlp_normed, hidden
-    )
+    kept = Kept(stream, normed, local, into, log_fwd, log_bwd, mixed, middle, mlp_normed, hidden)
     return middle, branch, kept
 
 
@@ -178,17 +192,18 @@ def backward(
     dy = dy.reshape(-1, c).to(s.dtype)
     dhidden, product = swiglu_kernels.backward(k.hidden, torch.mm(dy, half.down), with_out=True)
     ddown = weight_grad(dy, product, wide)
-    dup = weight_grad(dhidden, k.mlp_normed, wide)
     dnormed = torch.mm(dhidden, half.up)
+    again = torch.empty_like(k.mixed) if k.mlp_normed is None else None
     dmiddle, dbranch, dmlp_norm = residual_norm_kernels.backward(
-        k.middle, drop, w.mlp_norm, dx, dnormed, s.eps[1], s.dtype, w.mlp_norm_bias is not None
+        k.middle, drop, w.mlp_norm, dx, dnormed, s.eps[1], s.dtype, k.mlp_normed is not None, again
     )
-    dbranch = dbranch.view(-1, c)
-    dout = weight_grad(dbranch, k.blended, wide)
+    dup = weight_grad(dhidden, k.mlp_normed if again is None else again, wide)
+    dbranch, blended = dbranch.view(-1, c), torch.empty_like(k.mixed)
     dmixed, dlocal, dgate, dnorms = gated_head_norm_kernels.backward(
         k.mixed, k.local, k.into[:, 2 * c : 3 * c], w.gate_bias, w.g_norm, w.l_norm,
-        torch.mm(dbranch, half.out), s.silu, s.eps[2],
+        torch.mm(dbranch, half.out), s.silu, s.eps[2], blended,
     )  # fmt: skip
+    dout = weight_grad(dbranch, blended, wide)
     views = heads(k.into, k.log_fwd, k.log_bwd, b, s.num_heads)
     dq, dk, dv, dfwd, dbwd = bigla.compute_backward(
         *views, dmixed.view(views[2].shape), (c // 2 // s.num_heads) ** -0.5
@@ -239,10 +254,11 @@ class _Block(torch.autograd.Function):
         keep: Tensor | None,
         drop: Tensor | None,
         settings: Settings,
+        half: Cast | None,
         *weights: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         weights = Weights(*weights)
-        half = cast(settings.dtype, *products(weights))
+        half = cast(settings.dtype, *products(weights)) if half is None else half
         middle, branch, kept = forward(x, y, keep, drop, weights, half, settings)
         ctx.save_for_backward(keep, drop, *weights, *half, *kept)
         ctx.settings, ctx.y_dtype = settings, None if y is None else y.dtype
@@ -259,7 +275,7 @@ class _Block(torch.autograd.Function):
             dy = torch.zeros_like(kept.stream, dtype=ctx.settings.dtype)
         dx = None if dx is None else dx.contiguous()
         dx, dy, grads = backward(dx, dy, keep, drop, weights, half, kept, ctx.settings, ctx.y_dtype)
-        return dx, dy, None, None, None, *grads
+        return dx, dy, None, None, None, None, *grads
 
 
 def weight_grad(grad: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -293,6 +309,6 @@ def run(
         (B, N, C) each, the first in the dtype of the stream, the second in that of the products.
     """
     if torch.is_grad_enabled():
-        return _Block.apply(x, y, keep, drop, settings, *weights)
+        return _Block.apply(x, y, keep, drop, settings, half, *weights)
     half = cast(settings.dtype, *products(weights)) if half is None else half
     return forward(x, y, keep, drop, weights, half, settings)[:2]
