@@ -126,6 +126,7 @@ class CudaGraphs:
             self._training
             and self._module.training
             and not x.requires_grad
+            and any(p.requires_grad for p in self._module.parameters())
             and not self._memory.is_in_use()
             and not any(synchronizes(part) for part in self._module.modules())
         )

@@ -81,13 +81,18 @@ class TrainingRecording:
     """Forward and backward of a module for one size of input, recorded.
 
     Outputs and gradients are copies in fresh memory. Random numbers differ at every replay, and
-    buffers such as running means are updated by each.
+    buffers such as running means are updated by each. Outputs of frozen layers have no gradient,
+    nor have parameters that no output depends on.
 
     Args:
-        function: Takes one tensor and returns a tuple of tensors that all need gradients.
+        function: Takes one tensor and returns a tuple of tensors, of which one needs a gradient.
         x: The first input.
         module: What `function` calls: the parameters that need a gradient, and the buffers.
         memory: Shared with the other recordings of the module.
+
+    Attributes:
+        params: The parameters that need a gradient.
+        differentiable: Whether each output does.
     """
 
     def __init__(
@@ -111,12 +116,16 @@ class TrainingRecording:
             outs = step.forward(self._input)
             self._outs = self.memory.like('outputs', outs)
             torch._foreach_copy_(self._outs, [out.detach() for out in outs])
+        self.differentiable = [out.requires_grad for out in outs]
         self._douts = self.memory.like('gradients of outputs', outs)
         with torch.cuda.graph(self._backward, **settings):
             grads = step.backward(outs, self._douts)
+            self._reached = [grad is not None for grad in grads]
             # flat: with a single gradient in another layout PyTorch would copy one by one
-            places = self._grads.split([p.numel() for p in self.params])
-            torch._foreach_copy_(places, [grad.contiguous().view(-1) for grad in grads])
+            flat = [grad.contiguous().view(-1) for grad in grads if grad is not None]
+            sizes = [grad.numel() for grad in flat]
+            self._grads = self._grads[: sum(sizes)]
+            torch._foreach_copy_(self._grads.split(sizes), flat)
 
     def forward(self, x: Tensor) -> Maps:
         """Replays the forward pass."""
@@ -124,12 +133,14 @@ class TrainingRecording:
         self._forward.replay()
         return tuple(out.clone() for out in self._outs)
 
-    def backward(self, douts: Sequence[Tensor]) -> Sequence[Tensor]:
+    def backward(self, douts: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Replays the backward pass of the forward pass right before: gradients of `params`."""
         torch._foreach_copy_(self._douts, list(douts))
         self._backward.replay()
         # one copy and views of it, since a copy each would take the host longer than the replay
-        return _unflatten_dense_tensors(self._grads.clone(), self.params)
+        reached = [p for p, has in zip(self.params, self._reached, strict=True) if has]
+        grads = iter(_unflatten_dense_tensors(self._grads.clone(), reached))
+        return [next(grads) if has else None for has in self._reached]
 
 
 class _Aliased:
@@ -150,8 +161,10 @@ class _Aliased:
     def forward(self, x: Tensor) -> Maps:
         return torch.func.functional_call(self._caller, self._aliases, (x,))
 
-    def backward(self, outs: Maps, douts: Sequence[Tensor]) -> Sequence[Tensor]:
-        return torch.autograd.grad(outs, list(self._aliases.values()), douts)
+    def backward(self, outs: Maps, douts: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        pairs = [(out, d) for out, d in zip(outs, douts, strict=True) if out.requires_grad]
+        outs, douts = zip(*pairs, strict=True)
+        return torch.autograd.grad(outs, list(self._aliases.values()), douts, allow_unused=True)
 
 
 class _Caller(nn.Module):
@@ -191,7 +204,10 @@ class _Replayed(torch.autograd.Function):
     def forward(ctx: Function, recording: TrainingRecording, x: Tensor, *params: Tensor) -> Maps:
         ctx.recording = recording
         ctx.turn = recording.memory.take_turn()
-        return recording.forward(x)
+        outs = recording.forward(x)
+        kinds = zip(outs, recording.differentiable, strict=True)
+        ctx.mark_non_differentiable(*(out for out, differentiable in kinds if not differentiable))
+        return outs
 
     @staticmethod
     @torch.autograd.function.once_differentiable

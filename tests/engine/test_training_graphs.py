@@ -44,10 +44,15 @@ class FakeRecording:
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             self._outs = self.module.forward(x)
+        self.differentiable = [out.requires_grad for out in self._outs]
         return tuple(out.detach() for out in self._outs)
 
     def backward(self, douts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self._outs, self.params, douts)
+        return _Aliased.backward(self, self._outs, douts)
+
+    @property
+    def _aliases(self) -> dict[int, nn.Parameter]:
+        return dict(enumerate(self.params))
 
 
 class FakeGraphs(CudaGraphs):
@@ -83,6 +88,23 @@ def test_steps_are_recorded_at_the_second_call_with_a_size(graphs) -> None:
         assert step(graphs) == {'weight': 6.0, 'bias': 3.0}
         assert step(graphs, 2) == {'weight': 4.0, 'bias': 2.0}
     assert graphs.recorded == [3, 2]
+
+
+def test_outputs_of_frozen_layers_and_unused_parameters(graphs) -> None:
+    graphs._module.weight.requires_grad_(False)
+    graphs._module.unused = nn.Parameter(torch.tensor(3.0))
+    for _ in range(3):
+        assert step(graphs) == {'weight': None, 'bias': 3.0, 'unused': None}
+    first, second = graphs(torch.ones(3))
+    assert (first.requires_grad, second.requires_grad) == (False, True)
+    assert graphs.recorded == [3]
+
+
+def test_a_frozen_module_is_not_recorded(graphs) -> None:
+    graphs._module.requires_grad_(False)
+    for _ in range(3):
+        assert not graphs(torch.ones(3))[0].requires_grad
+    assert graphs.recorded == []
 
 
 def test_a_larger_size_drops_the_graphs_of_smaller_ones(graphs) -> None:

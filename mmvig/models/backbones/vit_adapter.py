@@ -218,7 +218,9 @@ class ViTAdapter(BaseModule):
         for part, (first, last) in zip(self.interactions, self.interaction_indexes, strict=True):
             pending, stream, points = self._run(part.inject, x, stream, grid, pyramid)
             pending = self.trunk.run_stream(pending, hw, first, last + 1)
-            stream, x = self._run(part.extract, stream, pending, grid, pyramid, points)
+            x, feat = part.normalize(pending)
+            del pending
+            stream, x = self._run(part.extract, stream, x, feat, grid, pyramid, points)
             tokens = [*tokens, x] if self.token_maps == 'each' else [x]
         return stream, tokens
 

@@ -94,16 +94,15 @@ class Extractor(nn.Module):
     def forward(
         self,
         c: Stream,
-        x: Stream,
+        feat: Tensor,
         grid: Levels,
         pyramid: Levels,
         points: Points | None = None,
-    ) -> tuple[Stream, Stream]:
-        """c (B, S, C) of the pyramid, x (B, N, C) of the grid, to new c, and x.
+    ) -> Stream:
+        """c (B, S, C) of the pyramid, what `feat_norm` makes of the grid's (B, N, C), to new c.
 
         Points are the attention's of c, where they are known; c has nothing to be added then.
         """
-        x, feat = self.feat_norm.add(*x)
         if points is None:
             total, query = self.query_norm.add(*c)
             out = self.attn(query, feat, pyramid, grid)
@@ -112,7 +111,7 @@ class Extractor(nn.Module):
             out = self.attn.output_proj(self.attn.sample_at(value, points, pyramid, grid))
         total, normed = self.ffn_norm.add(total, out, None)
         out = self.ffn(normed, pyramid.shapes)
-        return Stream(total, out, draw_keep(total, self.drop_path)), Stream(x)
+        return Stream(total, out, draw_keep(total, self.drop_path))
 
 
 class Interaction(nn.Module):
@@ -173,16 +172,25 @@ class Interaction(nn.Module):
     def extract(
         self,
         c: Stream,
-        x: Stream,
+        x: Tensor,
+        feat: Tensor,
         grid: Levels,
         pyramid: Levels,
         points: Points | None = None,
     ) -> tuple[Stream, Tensor]:
-        """Runs the extractors in turn; arguments as of `Extractor.forward`, x is returned added."""
-        c, x = self.extractor(c, x, grid, pyramid, points)
+        """Runs the extractors in turn; x (B, N, C) and feat are what `normalize` returned.
+
+        Other arguments as of `Extractor.forward`; returns c and x.
+        """
+        c = self.extractor(c, feat, grid, pyramid, points)
         for extractor in self.extra_extractors or ():
-            c, x = extractor(c, x, grid, pyramid)
-        return c, x.sum()
+            x, feat = extractor.feat_norm.add(x, None, None)
+            c = extractor(c, feat, grid, pyramid)
+        return c, x
+
+    def normalize(self, x: Stream) -> tuple[Tensor, Tensor]:
+        """The grid's tokens, added, and their norm for the first extractor."""
+        return self.extractor.feat_norm.add(*x)
 
 
 def _fold_norms(
