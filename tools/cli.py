@@ -17,6 +17,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 import mmvig  # noqa: F401  (before mmdet and mmseg: it answers for mmcv's compiled operators)
+from mmvig.engine import check_channels
 from mmvig.engine.backbones import MODES
 
 TOOL_MODULES = ('__main__', 'cli', 'checkpoints')
@@ -122,7 +123,8 @@ def build_runner(cfg: Config) -> Runner:
     """Builds the config's runner; several processes may share a CPU, too.
 
     Raises:
-        ValueError: If nothing can be written in the work dir, or the model refuses its settings.
+        ValueError: If nothing can be written in the work dir, or the model refuses its settings, or
+            neck or heads take other channels than the backbone gives.
     """
     check_writable(cfg.work_dir)
     allow_mmengine_checkpoints()
@@ -132,7 +134,9 @@ def build_runner(cfg: Config) -> Runner:
         cfg.model_wrapper_cfg = dict(
             type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False
         )
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    check_channels(runner.model)
+    return runner
 
 
 def run(main: Callable[[], None]) -> None:

@@ -16,13 +16,12 @@ def init_pretrained(backbone: nn.Module) -> bool:
     """Loads the checkpoint that `backbone.init_cfg` names; says whether it names one.
 
     Raises:
-        ValueError: If the file cannot be read or does not fit the backbone.
-        TypeError: If `init_cfg` is the name of a file.
+        ValueError: If `init_cfg` is the name of a file, or the file cannot be read or does not fit.
         FileNotFoundError: If there is no such file.
     """
     cfg = backbone.init_cfg
     if isinstance(cfg, str):
-        raise TypeError(
+        raise ValueError(
             f"init_cfg must be dict(type='Pretrained', checkpoint={cfg!r}), got the file alone"
         )
     if not isinstance(cfg, Mapping) or cfg.get('type') != 'Pretrained':

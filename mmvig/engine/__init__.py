@@ -1,7 +1,8 @@
-"""Running models: the optimizer's constructor, compilation and CUDA graphs of backbones."""
+"""Running models: the optimizer's constructor, checks, compilation and CUDA graphs."""
 
 from mmvig.engine.acceleration import CompileBackboneHook, CudaGraphHook
 from mmvig.engine.backbones import compile_backbone, find_backbone
+from mmvig.engine.channels import check_channels
 from mmvig.engine.cuda_graphs import CudaGraphs, use_cuda_graphs
 from mmvig.engine.layer_decay import LayerDecayOptimWrapperConstructor
 
@@ -10,6 +11,7 @@ __all__ = [
     'CudaGraphHook',
     'CudaGraphs',
     'LayerDecayOptimWrapperConstructor',
+    'check_channels',
     'compile_backbone',
     'find_backbone',
     'use_cuda_graphs',

@@ -28,11 +28,11 @@ def ascending_indices(indices: tuple[int, ...], count: int, what: str) -> tuple[
         what: Their name, for the messages.
 
     Raises:
-        TypeError: If they are no sequence of integers.
-        ValueError: If there are none, one is out of range, or they do not ascend.
+        ValueError: If they are no sequence of integers, if there are none, one is out of range, or
+            they do not ascend.
     """
     if not isinstance(indices, Sequence) or not all(isinstance(i, int) for i in indices):
-        raise TypeError(f'out_indices must be a tuple such as (0, {count - 1}), got {indices!r}')
+        raise ValueError(f'out_indices must be a tuple such as (0, {count - 1}), got {indices!r}')
     if bad := [i for i in indices if not -count <= i < count]:
         raise ValueError(f'out_indices {bad} out of range: the {count} {what} are 0 to {count - 1}')
     counted = tuple(i % count for i in indices)

@@ -149,7 +149,7 @@ def test_images_are_floating_point() -> None:
     ],
 )
 def test_indices_are_a_sequence(settings: dict, message: str) -> None:
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(ValueError, match=message):
         ViG('tiny', **settings)
 
 
@@ -160,7 +160,7 @@ def test_drop_path_is_a_probability(rate: float) -> None:
 
 
 def test_init_cfg_is_a_dict() -> None:
-    with pytest.raises(TypeError, match=r"checkpoint='vig_t.pth'\), got the file alone"):
+    with pytest.raises(ValueError, match=r"checkpoint='vig_t.pth'\), got the file alone"):
         ViG('tiny', init_cfg='vig_t.pth').init_weights()
 
 

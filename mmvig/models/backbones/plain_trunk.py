@@ -81,6 +81,11 @@ class PlainTrunk(BaseModule):
         self.norm = norm
         self._freeze()
 
+    @property
+    def out_channels(self) -> tuple[int, ...]:
+        """Channels of each map that is returned."""
+        return (self.embed_dims,) * len(self.out_indices)
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image batch (B, in_channels, H, W) to a map (B, C, h, w) per out index.
 

@@ -141,6 +141,11 @@ class ViGH(BaseModule):
         self._reset_parameters()
         self._freeze()
 
+    @property
+    def out_channels(self) -> tuple[int, ...]:
+        """Channels of each map that is returned."""
+        return tuple(self.embed_dims[i] for i in self.out_indices)
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image batch (B, in_channels, H, W) to a map (B, C_i, h_i, w_i) per out index.
 

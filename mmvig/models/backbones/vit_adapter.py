@@ -68,8 +68,7 @@ class ViTAdapter(BaseModule):
             ours or ViT-Adapter's flat layout, or of the trunk alone.
 
     Raises:
-        TypeError: If the trunk is no config.
-        ValueError: For a trunk that is not plain, or a setting that does not fit it.
+        ValueError: For a trunk that is no config or not plain, or a setting that does not fit it.
     """
 
     def __init__(
@@ -116,6 +115,11 @@ class ViTAdapter(BaseModule):
         for i in self.out_indices:
             self.add_module(f'norm{i + 1}', build_norm_layer(norm_cfg, dims)[1])
         self._reset_parameters()
+
+    @property
+    def out_channels(self) -> tuple[int, ...]:
+        """Channels of each map that is returned."""
+        return (self.trunk.embed_dims,) * len(self.out_indices)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image batch (B, in_channels, H, W) to a map (B, C, H / s, W / s) per out index.
@@ -275,7 +279,7 @@ def _cast_finest(
 
 def _check_trunk(trunk: dict) -> dict:
     if not isinstance(trunk, dict):
-        raise TypeError(
+        raise ValueError(
             f"trunk must be a config such as dict(type='ViG', arch='tiny'), got {trunk!r}"
         )
     if trunk.get('final_norm'):
