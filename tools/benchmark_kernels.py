@@ -12,6 +12,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import triton
@@ -61,15 +62,21 @@ def number(x: float | None, digits: int = 1) -> str:
     return '-' if x is None else f'{x:,.{digits}f}'
 
 
+def fail(message: str) -> NoReturn:
+    """Ends as the other tools do, whose module for that needs the mm packages."""
+    print(f'error: {message}', file=sys.stderr)
+    sys.exit(2)
+
+
 def main() -> None:
     """Measures all contenders of all cases."""
     args = parse_args()
     if not torch.cuda.is_available():
-        sys.exit('benchmark_kernels.py needs a CUDA device')
+        fail('a CUDA device is needed, and there is none')
     op = importlib.import_module(f'benchmarks.{args.op}')
     unknown = set(args.cases or ()) - set(op.CASES)
     if unknown:
-        sys.exit(f'unknown cases {sorted(unknown)}, expected some of {list(op.CASES)}')
+        fail(f'unknown cases {sorted(unknown)}, expected some of {list(op.CASES)}')
     bandwidth = timing.copy_bandwidth()
     report = {**machine(), 'copy_bandwidth': bandwidth, 'figures': []}
     print(

@@ -59,8 +59,8 @@ def parse_args() -> argparse.Namespace:
         '--iterations',
         type=int,
         default=52,
-        help=f'at least {WARM_UP + 2 * MEAN_OF} (default: %(default)s); about 2 seconds each on '
-        'two CPU cores, and a line is printed when a config starts and when it is done',
+        help=f'at least {WARM_UP + 2 * MEAN_OF} (default: %(default)s); 2 to 15 seconds each '
+        'on two CPU cores, and a line is printed when a config starts and when it is done',
     )
     parser.add_argument(
         '--images',

@@ -77,7 +77,10 @@ def find_state_dict(
     """
     tensors = _tensors(checkpoint.get(weights_key(checkpoint), checkpoint))
     if not tensors:
-        raise ValueError(f'{filename} holds no state dict, bare or under {STATE_DICT_KEYS}')
+        raise ValueError(
+            f'{filename} holds no state dict, bare or under {STATE_DICT_KEYS}, but '
+            f'{first(list(map(str, checkpoint))) if checkpoint else "nothing"}'
+        )
     if prefix and not prefix.endswith('.'):
         prefix += '.'
     names = list(tensors)
@@ -119,6 +122,8 @@ def text_kind(path: str | Path) -> str | None:
 
 
 def _read(path: Path, foreign: set[str]) -> object:
+    if path.stat().st_size == 0:
+        raise Refusal('is empty, as after a failed download or a full disk: fetch it again')
     if kind := text_kind(path):
         raise Refusal(f'is {kind}, not a checkpoint, as after a failed download: download it again')
     with path.open('rb') as file:
