@@ -39,6 +39,12 @@ class Size:
         x = torch.randn(self.batch, up * h, up * w, self.dims, device='cuda').to(dtype)
         return x.permute(0, 3, 1, 2).requires_grad_()
 
+    def image(self) -> Tensor:
+        """A batch of random images, 16 times as long as the grid, channels last."""
+        h, w = self.hw
+        x = torch.randn(self.batch, 16 * h, 16 * w, 3, device='cuda')
+        return x.to(BF16).permute(0, 3, 1, 2)
+
 
 SIZES = {
     'det tiny': Size(2, (50, 84), 192, 3, 512),
@@ -47,7 +53,9 @@ SIZES = {
     '224 px base': Size(256, (14, 14), 768, 12, 2048),
 }
 OPS = ('swiglu', 'residual_norm', 'gated_head_norm', 'depthwise_conv', 'log_gates')
-ADAPTER_OPS = ('resized_sum', 'batch_norm', 'sampling_points', 'stem_conv')
+ADAPTER_OPS = (
+    'resized_sum', 'finest_map', 'batch_norm', 'sampling_points', 'stem_conv', 'patch_conv',
+)  # fmt: skip
 CASES = {f'{op}, {size}': (op, SIZES[size]) for size in SIZES for op in OPS}
 CASES |= {f'{op}, det {a}': (op, SIZES[f'det {a}']) for a in ('tiny', 'base') for op in ADAPTER_OPS}
 
@@ -76,9 +84,19 @@ def _draw(op: str, size: Size) -> tuple[list[Tensor], Callable[..., list]]:
         leaves = [x.permute(0, 3, 1, 2).requires_grad_(), _weight(64), _weight(64)]
         return leaves, lambda *leaves: _norm_arguments(running, *leaves)
     if op == 'stem_conv':  # the backward is cuDNN's
-        image = torch.randn(size.batch, 16 * size.hw[0], 16 * size.hw[1], 3, device='cuda')
-        image = image.to(BF16).permute(0, 3, 1, 2)
+        image = size.image()
         return [_weight(64, 3, 3, 3)], lambda weight: [image, weight]
+    if op == 'patch_conv':
+        image, half = size.image(), c // 2
+        return [_weight(half, 3, 9, 9), _weight(half)], lambda *leaves: [image, *leaves, 8, 1]
+    if op == 'finest_map':  # with gradients `resized_sum` of its parts
+        h, w = size.hw
+        x = torch.randn(size.batch, 2 * h, 2 * w, 4 * c, device='cuda').to(BF16).requires_grad_()
+        y = torch.randn(size.batch, 4 * h, 4 * w, 64, device='cuda').to(BF16).permute(0, 3, 1, 2)
+        project = (0.1 * torch.randn(c, 64, device='cuda')).to(BF16).requires_grad_()
+        norm = tuple(torch.rand(c, device='cuda') + 0.5 for _ in range(4))
+        leaves = [x, y.requires_grad_(), project, size.map(1, FP32), _weight(c)]
+        return leaves, lambda *leaves: [*leaves, norm]
     if op == 'sampling_points':  # of an extractor
         heads = (12 if c == 768 else 6, 1, 4)
         n = 21 * size.hw[0] * size.hw[1] // 4
