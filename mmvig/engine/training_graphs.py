@@ -103,10 +103,11 @@ class TrainingRecording:
         (self._input,) = memory.like('image', [x.contiguous()])
         self._input.copy_(x)
         self._grads = memory.flat_like('gradients of parameters', self.params)
+        self._buffers = list(module.buffers())
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # a capture sees what its own thread launches
         with ready_to_capture(x.device), torch.autograd.set_multithreading_enabled(False):
-            _warm_up(_Aliased(function, module), self._input, list(module.buffers()))
+            _warm_up(_Aliased(function, module), self._input, self._buffers)
             self._capture(_Aliased(function, module))
         self._tables = cached_levels()  # the graphs read them, whether they stay cached or not
 
@@ -131,6 +132,8 @@ class TrainingRecording:
         """Replays the forward pass."""
         self._input.copy_(x)
         self._forward.replay()
+        for buffer in self._buffers:  # what is made of running means has to be made anew
+            torch.autograd.graph.increment_version(buffer)
         return tuple(out.clone() for out in self._outs)
 
     def backward(self, douts: Sequence[Tensor]) -> Sequence[Tensor | None]:

@@ -243,6 +243,15 @@ def test_a_recording_keeps_the_tables_that_its_graphs_read(monkeypatch: pytest.M
     assert table() is None
 
 
+def test_a_replay_counts_as_a_change_of_the_buffers() -> None:
+    recording = TrainingRecording.__new__(TrainingRecording)
+    recording._input, recording._outs, recording._buffers = torch.zeros(3), [], [torch.zeros(2)]
+    recording._forward = nn.Identity()
+    recording._forward.replay = lambda: None
+    recording.forward(torch.ones(3))
+    assert recording._buffers[0]._version == 1
+
+
 def training_step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Outputs, gradients and buffers after a step under autocast."""
     model.zero_grad()

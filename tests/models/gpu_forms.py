@@ -116,12 +116,15 @@ def test_batch_norm_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     model.load_state_dict(before)
     launched = note_launches(monkeypatch)
     take_gpu_forms(monkeypatch)
+    versions = {name: b._version for name, b in model.named_buffers()}
     for name, found in training_step(model, x).items():
         error = (found - expected[name]).norm() / expected[name].norm()
         invariant = name in ('up.bias', 'spm.fc1.bias')  # a norm follows: the gradient is 0
         assert invariant or error < 5e-3, f'{name}: {error}'
     for name, buffer in model.named_buffers():
         torch.testing.assert_close(buffer, buffers[name], rtol=1e-3, atol=1e-4)
+        # by which kept weights are renewed
+        assert buffer._version > versions[name] or not name.endswith('num_batches_tracked'), name
     assert ('batch_norm_kernels', 'backward') in launched
 
 

@@ -58,10 +58,22 @@ def test_a_norm_folds_into_the_conv_before_it() -> None:
     conv, norm = conv_and_norm()
     x = torch.randn(2, 8, 9, 6)
     given = given_statistics(norm)
-    weight, bias = fold_norm((torch.float32, norm.eps), conv.weight, *given)
+    weight, bias = fold_norm((torch.float32, norm.eps), conv.weight, None, *given)
     out = F.conv2d(x, weight, bias, stride=2, padding=1)
     torch.testing.assert_close(out, norm(conv(x)), rtol=1e-4, atol=1e-5)
     assert not conv.folds_norm(x) and not conv.folds_norm(x.half())  # no GPU
+
+
+@torch.no_grad()
+def test_what_is_kept_of_a_norm_follows_its_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no weight changes, as when statistics alone are computed anew."""
+    monkeypatch.setattr(torch, 'cudnn_convolution_relu', lambda x, weight, bias, *_: bias.clone())
+    conv, norm = conv_and_norm()
+    x = torch.zeros(1)
+    before = conv.with_norm(x, norm)
+    assert torch.equal(conv.with_norm(x, norm), before)
+    norm.train()(torch.randn(2, 16, 4, 4))
+    assert not torch.equal(conv.with_norm(x, norm.eval()), before)
 
 
 @pytest.mark.gpu
@@ -73,7 +85,7 @@ def test_conv_norm_and_relu_in_one_call(dtype: torch.dtype) -> None:
     assert conv.folds_norm(x) and not conv.folds_norm(x.float())
     for _ in range(2):  # what is kept of the statistics follows them
         expected = norm(F.conv2d(x.double(), conv.weight.double(), stride=2, padding=1).float())
-        out = conv.with_norm(x, given_statistics(norm), norm.eps)
+        out = conv.with_norm(x, norm)
         assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
         assert (out.float() - expected.relu()).norm() < 1e-2 * expected.relu().norm()
         norm.running_mean.add_(0.5)

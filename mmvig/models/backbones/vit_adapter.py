@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from mmvig.checkpoint import init_pretrained
 from mmvig.kernels import finest_map, resized_sum
 from mmvig.kernels.dispatch import form, working_dtype
+from mmvig.models.layers.conv import PointConv2d
 from mmvig.models.layers.deform_attn import Levels, make_levels
 from mmvig.models.layers.embed import (
     check_image,
@@ -177,8 +178,9 @@ class ViTAdapter(BaseModule):
         if self.up is None or torch.is_grad_enabled() or form(x) != 'eager':
             return False
         half = working_dtype(x) in (torch.bfloat16, torch.float16)
+        own = type(self.up) is nn.ConvTranspose2d and type(self.spm.fc1) is PointConv2d
         watched = has_hooks(self.up) or has_hooks(self.spm.fc1)
-        return half and not watched and given_statistics(self.norm1) is not None
+        return half and own and not watched and given_statistics(self.norm1) is not None
 
     def _finest(self, x: Tensor, c1: Tensor, tokens: Tensor) -> Tensor:
         """Output 0 of the map of stride 8, and the spatial prior's of stride 4 before `fc1`."""

@@ -3,13 +3,14 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmvig.kernels import patch_conv
 from mmvig.kernels.dispatch import form, working_dtype
 from mmvig.kernels.patch_conv import as_matrix, has_kernel, windows
-from mmvig.kernels.resized_sum import Norm
 from mmvig.models.layers.kept import Kept, cast
 from mmvig.models.layers.linear import merged_linear, multiply
+from mmvig.models.layers.norm import given_statistics
 
 
 class Conv2d(nn.Conv2d):
@@ -26,9 +27,11 @@ class Conv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
         self._kept, self._kept_folded = Kept(cast), Kept(fold_norm)
 
-    def with_norm(self, x: Tensor, given: Norm, eps: float) -> Tensor:
-        """The conv, batch norm by given statistics and ReLU, by one call; see `folds_norm`."""
-        params = self._kept_folded((x.dtype, eps), self.weight, *given)
+    def with_norm(self, x: Tensor, norm: _BatchNorm) -> Tensor:
+        """The conv, batch norm in evaluation mode and ReLU, by one call; see `folds_norm`."""
+        # the number of batches, since PyTorch does not count changes of running means as such
+        changes = (norm.num_batches_tracked, *given_statistics(norm))
+        params = self._kept_folded((x.dtype, norm.eps), self.weight, *changes)
         settings = (self.stride, self.padding, self.dilation, self.groups)
         return torch.cudnn_convolution_relu(x, *params, *settings)
 
@@ -56,6 +59,7 @@ class Conv2d(nn.Conv2d):
 def fold_norm(
     setting: tuple[torch.dtype, float],
     weight: Tensor,
+    num_batches: Tensor,
     mean: Tensor,
     var: Tensor,
     scale: Tensor,
@@ -63,7 +67,7 @@ def fold_norm(
 ) -> tuple[Tensor, Tensor]:
     """Weight, channels last, and bias, in a dtype, of a conv with a batch norm behind it.
 
-    Setting is the dtype and the norm's eps.
+    Setting is the dtype and the norm's eps; the number of batches is not used.
     """
     dtype, eps = setting
     factor = scale * torch.rsqrt(var + eps)

@@ -162,11 +162,12 @@ class Interaction(nn.Module):
         first, second = self.injector, self.extractor
         modules = (first.attn, second.attn, first.attn.value_proj, second.attn.sampling_offsets,
                    second.attn.attention_weights)  # fmt: skip
-        others = (first, second, first.feat_norm, second.query_norm)
+        norms = (first.feat_norm, second.query_norm)
         return (
             first.is_watched()
             or any(_is_watched(m) for m in modules)
-            or any(has_hooks(m) for m in others)
+            or any(type(norm) is not LayerNorm for norm in norms)
+            or any(has_hooks(m) for m in (first, second, *norms))
         )
 
     def extract(

@@ -94,7 +94,7 @@ def _run(layers: nn.Sequential, x: Tensor) -> Tensor:
         if begins and given is not None:
             x = stem_conv(x, conv.weight, given, norm.eps, relu=True)
         elif bare and given is not None and conv.folds_norm(x):
-            x = conv.with_norm(x, given, norm.eps)
+            x = conv.with_norm(x, norm)
         else:
             x = stem_conv(x, conv.weight) if begins else conv(x)
             x = normalize_batch(norm, x, relu=True, pool=pool)
