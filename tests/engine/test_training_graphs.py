@@ -32,6 +32,20 @@ class Net(nn.Module):
         return self.weight * x, self.weight * x + self.bias
 
 
+class PartlyFrozen(nn.Module):
+    """Has an output without a gradient, and a parameter that none depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, 2, 1).requires_grad_(False)
+        self.second = nn.Conv2d(8, 8, 3, 2, 1)
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.first(x)
+        return x, self.second(x)
+
+
 class FakeRecording:
     """What a recording does, by calls of the module."""
 
@@ -282,8 +296,13 @@ TOLERANCE = {torch.float32: dict(default=2e-3), torch.bfloat16: dict(default=5e-
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
 @pytest.mark.parametrize(
     'build',
-    [partial(small_adapter, norm_cfg=dict(type='BN')), small_vig, small_vig_h],
-    ids=['adapter', 'ViG', 'ViG-H'],
+    [
+        partial(small_adapter, norm_cfg=dict(type='BN')),
+        small_vig,
+        small_vig_h,
+        PartlyFrozen,
+    ],
+    ids=['adapter', 'ViG', 'ViG-H', 'partly frozen'],
 )
 def test_replaying_changes_nothing(
     build: Callable[[], nn.Module], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
