@@ -39,6 +39,7 @@ from mmvig.datasets import check_data
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 WARM_UP = 10  # iterations
 MEAN_OF = 5  # iterations, at both ends
+PROGRESS = 10  # iterations from one line to the next
 POLL = 0.5  # seconds between looks at a process
 METRICS = ('coco/bbox_mAP', 'coco/segm_mAP', 'mIoU')
 
@@ -60,7 +61,7 @@ def parse_args() -> argparse.Namespace:
         type=int,
         default=52,
         help=f'at least {WARM_UP + 2 * MEAN_OF} (default: %(default)s); 2 to 15 seconds each '
-        'on two CPU cores, and a line is printed when a config starts and when it is done',
+        'on two CPU cores, with a line at the start, for every tenth and at the end',
     )
     parser.add_argument(
         '--images',
@@ -168,9 +169,10 @@ def shorten(cfg: Config, iterations: int, float32: bool) -> None:
 
 
 class Recorder(Hook):
-    """Keeps each iteration's loss, the sum of all terms, and the metrics of the evaluation."""
+    """Keeps each iteration's loss, the sum of all terms, and the metrics; says how far it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.losses: list[torch.Tensor] = []
         self.metrics: dict[str, float] | None = None
 
@@ -183,6 +185,9 @@ class Recorder(Hook):
     ) -> None:
         """Without a wait for the device."""
         self.losses.append(outputs['loss'].detach().float())
+        if len(self.losses) % PROGRESS == 0:
+            done = f'{len(self.losses)} of {runner.max_iters} iterations'
+            print(f'{self.name}: {done}', file=sys.stderr, flush=True)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Called when the evaluation is done."""
@@ -204,7 +209,7 @@ def try_config(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Figures of one config, with the error that ended it, if one did; for a process of its own."""
     start = time.monotonic()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
-    recorder, row = Recorder(), dict(config=name, error=None)
+    recorder, row = Recorder(name), dict(config=name, error=None)
     try:
         with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
             train(load(args, name), recorder)
@@ -274,8 +279,8 @@ def cells(row: dict[str, Any]) -> list[str]:
         f'{k.split("/")[-1]} {v:.3g}' for k, v in (row.get('metrics') or {}).items()
     )
     path = Path(row['config'])
-    return [f'{path.parent.name}/{path.stem}', loss, memory, seconds, metrics or '-',
-            find_fault(row) or 'right']  # fmt: skip
+    name = '/'.join(filter(None, (path.parent.name, path.stem)))
+    return [name, loss, memory, seconds, metrics or '-', find_fault(row) or 'right']
 
 
 def as_markdown(args: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
