@@ -89,22 +89,6 @@ def load_corners(p_map, x, y, near, height, width, stride, cols, mask_cols):
     return v00, v01, v10, v11, x - left, y - top
 
 
-@triton.jit
-def add_sample(out, p_map, x, y, w, mask, height, width, stride, cols, mask_cols):
-    """out + w * the map's bilinear sample at the locations (x, y), 0 to 1 across it; float32."""
-    x, y, near = to_pixels(x, y, mask, height, width)
-    v00, v01, v10, v11, dx, dy = load_corners(
-        p_map, x, y, near, height, width, stride, cols, mask_cols
-    )
-    w_top = w * (1 - dy)
-    w_bottom = w * dy
-    out += (w_top * (1 - dx))[:, None] * v00.to(tl.float32)
-    out += (w_top * dx)[:, None] * v01.to(tl.float32)
-    out += (w_bottom * (1 - dx))[:, None] * v10.to(tl.float32)
-    out += (w_bottom * dx)[:, None] * v11.to(tl.float32)
-    return out
-
-
 @triton.jit(do_not_specialize=['S', 'Q', 'H', 'n_blocks'])
 def ms_deform_attn_kernel(
     p_value, p_shapes, p_starts, p_locations, p_weights, p_out,
@@ -136,7 +120,16 @@ def ms_deform_attn_kernel(
             sample = rows * (L * P) + i + u
             x, y = load_location(p_locations, sample, mask)
             w = tl.load(p_weights + sample, mask=mask, other=0.0).to(tl.float32)
-            out = add_sample(out, p_map, x, y, w, mask, height, width, v_s, cols, mask_cols)
+            x, y, near = to_pixels(x, y, mask, height, width)
+            v00, v01, v10, v11, dx, dy = load_corners(
+                p_map, x, y, near, height, width, v_s, cols, mask_cols
+            )
+            w_top = w * (1 - dy)
+            w_bottom = w * dy
+            out += (w_top * (1 - dx))[:, None] * v00.to(tl.float32)
+            out += (w_top * dx)[:, None] * v01.to(tl.float32)
+            out += (w_bottom * (1 - dx))[:, None] * v10.to(tl.float32)
+            out += (w_bottom * dx)[:, None] * v11.to(tl.float32)
     tl.store(
         p_out + rows[:, None] * D + cols[None, :],
         out.to(p_out.dtype.element_ty),

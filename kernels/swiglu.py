@@ -43,7 +43,7 @@ def _launch(x: Tensor) -> Tensor:
 def _launch_backward(x: Tensor, grad: Tensor) -> Tensor:
     from mmvig.kernels.swiglu_kernels import backward
 
-    return backward(x, grad.contiguous())[0]
+    return backward(x, grad.contiguous())
 
 
 class _Eager(torch.autograd.Function):

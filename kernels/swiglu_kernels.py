@@ -27,9 +27,9 @@ def swiglu_kernel(p_x, p_out, M, F, stride, BF: tl.constexpr, BM: tl.constexpr):
 @triton.jit
 def swiglu_grad_kernel(
     p_x, p_dout, p_dx, p_out, M, F, stride,
-    BF: tl.constexpr, BM: tl.constexpr, HAS_OUT: tl.constexpr,
+    BF: tl.constexpr, BM: tl.constexpr, WITH_OUT: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of dx (M, 2 F) from dout (M, F), and out again if HAS_OUT; tiles as above."""
+    """Both halves of dx (M, 2 F) from dout (M, F), and out again if WITH_OUT; tiles as above."""
     cols = tl.program_id(1) * BF + tl.arange(0, BF)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     mask = (rows < M)[:, None] & (cols < F)[None, :]
@@ -39,7 +39,7 @@ def swiglu_grad_kernel(
     at = rows[:, None].to(tl.int64) * F + cols[None, :]
     b_dout = tl.load(p_dout + at, mask=mask, other=0.0).to(tl.float32)
     b_s = tl.sigmoid(b_a)
-    if HAS_OUT:
+    if WITH_OUT:
         b_out = b_a * b_s * b_b
         tl.store(p_out + at, b_out.to(p_out.dtype.element_ty), mask=mask)
     b_da = b_dout * b_b * b_s * (1 + b_a * (1 - b_s))
@@ -63,10 +63,12 @@ def forward(x: Tensor) -> Tensor:
     return out
 
 
-def backward(x: Tensor, dout: Tensor, with_out: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Gradient to x, contiguous, and the forward's result if wanted; dout is contiguous."""
+def backward(x: Tensor, dout: Tensor, out: Tensor | None = None) -> Tensor:
+    """Gradient to x, contiguous; dout (M, F) is contiguous.
+
+    Out, if given, is filled with the forward's result, so that nobody has to keep it.
+    """
     m, f, grid, tile = _tiles(x)
     dx = torch.empty(m, 2 * f, dtype=x.dtype, device=x.device)
-    out = torch.empty_like(dout) if with_out else None
-    swiglu_grad_kernel[grid](x, dout, dx, out, m, f, x.stride(0), **tile, HAS_OUT=with_out)
-    return dx, out
+    swiglu_grad_kernel[grid](x, dout, dx, out, m, f, x.stride(0), **tile, WITH_OUT=out is not None)
+    return dx

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmvig import kernels
 from mmvig.kernels import reference
+from mmvig.kernels.grid import power_of_2
 
 NAME = "ViG's other operators"
 COLUMNS = ('results', 'gradients')
@@ -33,6 +34,13 @@ def _rms_norm(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
 def _layer_norm(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
     x, weight = rand(3, 77, dims, dtype=dtype), rand(dims, dtype=FP32)
     return [x, None, weight, rand(dims, dtype=FP32)]
+
+
+def _many_tokens(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    """So many that a program of the gradients loads the next tile while one is in work."""
+    tokens = 2_500_000 // power_of_2(dims)
+    stream, branch = rand(2, tokens, dims, dtype=FP32), rand(2, tokens, dims, dtype=dtype)
+    return [stream, branch, rand(dims, dtype=FP32), None, 1e-6, None, dtype]
 
 
 def _gated_head_norm(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
@@ -131,6 +139,7 @@ DRAW: dict[str, tuple[str, Callable[[Random, torch.dtype, int], Inputs]]] = {
     'swiglu': ('swiglu', _swiglu),
     'residual_norm, RMS': ('residual_norm', _rms_norm),
     'residual_norm, layer': ('residual_norm', _layer_norm),
+    'residual_norm, many tokens': ('residual_norm', _many_tokens),
     'gated_head_norm': ('gated_head_norm', _gated_head_norm),
     'depthwise_conv, 3 maps, GELU': ('depthwise_conv', _depthwise_conv),
     'depthwise_conv, SiLU': ('depthwise_conv', _silu_conv),
@@ -211,9 +220,8 @@ def compare(function: Callable, definition: Callable, inputs: list) -> list[floa
             return torch.float64
         if isinstance(x, tuple):
             return tuple(double(t) for t in x)
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            return x
-        return x.detach().double().requires_grad_(x.requires_grad)
+        is_tensor = isinstance(x, Tensor)
+        return x.detach().double().requires_grad_(x.requires_grad) if is_tensor else x
 
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         actual = results_and_gradients(function, inputs)

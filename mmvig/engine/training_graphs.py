@@ -122,6 +122,9 @@ class TrainingRecording:
         with torch.cuda.graph(self._backward, **settings):
             grads = step.backward(outs, self._douts)
             self._reached = [grad is not None for grad in grads]
+            self._trained = [
+                p for p, grad in zip(self.params, grads, strict=True) if grad is not None
+            ]
             # flat: with a single gradient in another layout PyTorch would copy one by one
             flat = [grad.contiguous().view(-1) for grad in grads if grad is not None]
             sizes = [grad.numel() for grad in flat]
@@ -141,8 +144,7 @@ class TrainingRecording:
         torch._foreach_copy_(self._douts, list(douts))
         self._backward.replay()
         # one copy and views of it, since a copy each would take the host longer than the replay
-        reached = [p for p, has in zip(self.params, self._reached, strict=True) if has]
-        grads = iter(_unflatten_dense_tensors(self._grads.clone(), reached))
+        grads = iter(_unflatten_dense_tensors(self._grads.clone(), self._trained))
         return [next(grads) if has else None for has in self._reached]
 
 

@@ -28,10 +28,7 @@ from .interpreter import run_interpreted
 
 whats = pytest.mark.parametrize('what', sorted(block.DRAW))
 # Others' plain form, which torch.compile sees, too, is PyTorch's operators one by one.
-PLAIN = (
-    'batch_norm', 'finest_map', 'patch_conv', 'sampling_points',
-    'stem_conv',
-)  # fmt: skip
+PLAIN = ('batch_norm', 'finest_map', 'patch_conv', 'sampling_points', 'stem_conv')
 registered = pytest.mark.parametrize(
     'what', sorted(what for what, (op, _) in block.DRAW.items() if op not in PLAIN)
 )
@@ -50,7 +47,7 @@ def tensors_and_rest(args: list) -> tuple[list[Tensor], list]:
 
 
 def as_double(x: object) -> object:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+    return x.double() if isinstance(x, Tensor) else x
 
 
 @whats
@@ -68,6 +65,9 @@ def test_definition_has_right_gradients(what: str) -> None:
     args = [tuple(as_double(t) for t in x) if isinstance(x, tuple) else x for x in args]
     if op == 'depthwise_conv':
         args[0] = args[0][:, :6]
+    if op == 'finest_map':
+        x, y, project, tokens, *rest = args
+        args = [x[:1, :2, :2], y[:1, :3, :4, :4], project[:, :3], tokens[:1, :, :1, :1], *rest]
     places = [i for i, x in enumerate(args) if isinstance(x, Tensor) and x.requires_grad]
 
     def function(*leaves: Tensor) -> Tensor:
@@ -212,8 +212,6 @@ def test_registered_form(what: str) -> None:
     function = getattr(kernels, op)
     counter = torch._dynamo.testing.CompileCounterWithBackend('aot_eager')
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
-    # without a branch, only the eager form adds the stream's gradient before it rounds
-    tolerance = dict(rtol=2e-2, atol=2e-2) if what == 'residual_norm, layer' else {}
     graphs = []
     for samples in (2, 3, 5):
         some = [torch.cat([x] * 3)[:samples] if is_tokens(x) else x for x in args]
@@ -223,13 +221,14 @@ def test_registered_form(what: str) -> None:
             y.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else y
             for x, y in zip(args, some, strict=True)
         ]
-        for xs, ys in zip(
-            block.results_and_gradients(compiled, some),
-            block.results_and_gradients(function, some),
-            strict=True,
-        ):
+        actual = block.results_and_gradients(compiled, some)
+        expected = block.results_and_gradients(function, some)
+        if what == 'residual_norm, layer':
+            # without a branch, only the eager form adds the stream's gradient before it rounds
+            torch.testing.assert_close(actual[1].pop(0), expected[1].pop(0), rtol=2e-2, atol=2e-2)
+        for xs, ys in zip(actual, expected, strict=True):
             for x, y in zip(xs, ys, strict=True):
-                torch.testing.assert_close(x, y, **tolerance)
+                torch.testing.assert_close(x, y)
         graphs.append(counter.frame_count)
     # of its own for a call without gradients, and of the same number whatever the size
     assert graphs == graphs[:1] * 3 and graphs[0] <= 4

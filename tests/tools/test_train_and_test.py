@@ -141,12 +141,16 @@ def test_auto_scale_lr_needs_a_base_batch_size(fail, data: Path, tmp_path: Path)
     assert 'auto_scale_lr.base_batch_size' in fail('train.py', config, '--auto-scale-lr', *options)
 
 
+# Of each task: settings that fit the small arch, and where the first weights of another shape are.
 FITTED = dict(
-    detection=['model.neck.in_channels=[384,384,384,384]'],
-    segmentation=[
-        'model.decode_head.in_channels=[384,384,384,384]',
-        'model.auxiliary_head.in_channels=384',
-    ],
+    detection=(['model.neck.in_channels=[384,384,384,384]'], 'backbone.'),
+    segmentation=(
+        [
+            'model.decode_head.in_channels=[384,384,384,384]',
+            'model.auxiliary_head.in_channels=384',
+        ],
+        'auxiliary_head.',
+    ),
 )
 
 
@@ -160,7 +164,7 @@ def test_checkpoints_that_do_not_fit_are_refused(fail, trained: Run, tmp_path: P
     assert 'page.pth is an HTML page' in fail('test.py', trained.config, page, *work_dir)
     assert 'nowhere.pth' in fail('test.py', trained.config, 'nowhere.pth', *work_dir)
     small = ['--cfg-options', 'model.backbone.trunk.arch=small']
-    fitted = FITTED[trained.task]
+    fitted, first = FITTED[trained.task]
     for command in (
         ['test.py', trained.config, trained.checkpoint],
         ['train.py', trained.config, '--resume', trained.checkpoint],
@@ -170,7 +174,7 @@ def test_checkpoints_that_do_not_fit_are_refused(fail, trained: Run, tmp_path: P
         assert 'in_channels=[384, 384, 384, 384]' in line
         line = fail(*command, *work_dir, *small, *fitted)
         assert f'{trained.checkpoint} does not fit the config' in line
-        assert 'of another shape (' in line
+        assert f'of another shape ({first}' in line
 
 
 def test_other_errors_keep_their_traceback(fail, data: Path, tmp_path: Path) -> None:

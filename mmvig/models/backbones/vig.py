@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvig.models.backbones.plain_trunk import PlainTrunk
-from mmvig.models.layers.block import FusedForm, cast_ahead
+from mmvig.models.layers.block import FusedForm, cast_blocks_ahead
 from mmvig.models.layers.embed import ConvPatchEmbed
 from mmvig.models.layers.ffn import SwiGLU
 from mmvig.models.layers.hooks import has_hooks
@@ -183,7 +183,7 @@ class ViG(PlainTrunk):
         recomputes = self.with_cp and torch.is_grad_enabled()
         blocks = self.blocks[start:stop]
         forms = [(b, b._fused) for b in blocks if type(b) is ViGBlock and not recomputes]
-        with cast_ahead(forms, x):
+        with cast_blocks_ahead(forms, x):
             for run in map(chained_form, blocks):
                 if recomputes:
                     x, y, keep = checkpoint(run, x, y, keep, hw, use_reentrant=False)

@@ -1,7 +1,7 @@
 """Whether a ViG block can take its fused form, and its weights for that."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mmvig.kernels.dispatch import form, working_dtype
 from mmvig.models.layers.hooks import has_hooks
 from mmvig.models.layers.kept import Kept
-from mmvig.models.layers.linear import Linear
+from mmvig.models.layers.linear import Linear, Product, cast_ahead
 from mmvig.models.layers.mixer import BiGLAMixer
 from mmvig.models.layers.norm import LayerNorm, RMSNorm
 
@@ -51,14 +51,10 @@ class FusedForm:
     """Calls `fused_block.run` for a block; in inference it keeps the weights that are cast.
 
     No module: holds no state that belongs into a checkpoint.
-
-    Attributes:
-        ahead: Weights that `cast_ahead` has cast for the pass that is under way, or None.
     """
 
     def __init__(self) -> None:
         self._kept = Kept(_cast)
-        self.ahead: tuple[Tensor, ...] | None = None  # by `cast_ahead`
 
     def __call__(
         self,
@@ -88,36 +84,36 @@ class FusedForm:
             (block.attn_norm.eps, block.mlp_norm.eps, attn.g_norm.eps),
             working_dtype(x),
         )
-        cast = self.ahead
+        ahead = self._kept.ahead
+        cast = None if ahead is None else fused_block.Cast(*ahead)
         if not torch.is_grad_enabled():
             cast = self._kept(settings.dtype, *fused_block.products(weights))
         y = None if y is None else y.contiguous()
         return fused_block.run(x.contiguous(), y, keep, drop, weights, cast, settings)
+
+    def product(self, block: nn.Module) -> Product | None:
+        """For `cast_ahead`, in the order of `fused_block.Cast`; None as for a call."""
+        weights = read_weights(block)
+        if weights is None:
+            return None
+        from mmvig.models.layers import fused_block
+
+        *into, out, up, down = fused_block.products(fused_block.Weights(*weights))
+        return self._kept, into, [out], [up], [down]
 
     def __deepcopy__(self, memo: dict) -> 'FusedForm':
         """A copy of the model starts with nothing kept."""
         return FusedForm()
 
 
-@contextmanager
-def cast_ahead(forms: Sequence[tuple[nn.Module, FusedForm]], x: Tensor) -> Iterator[None]:
+def cast_blocks_ahead(
+    forms: Sequence[tuple[nn.Module, FusedForm]], x: Tensor
+) -> AbstractContextManager[None]:
     """In training on a GPU: casts the weights of several blocks by one call, for a pass inside."""
-    ready = []
-    if form(x) == 'eager' and torch.is_grad_enabled():
-        ready = [(fused, read_weights(block)) for block, fused in forms]
-        ready = [(fused, weights) for fused, weights in ready if weights is not None]
-    if ready:
-        from mmvig.models.layers import fused_block
-
-        sources = [fused_block.products(fused_block.Weights(*w)) for _, w in ready]
-        casts = fused_block.cast_all(working_dtype(x), sources)
-        for (fused, _), cast in zip(ready, casts, strict=True):
-            fused.ahead = cast
-    try:
-        yield
-    finally:
-        for fused, _ in ready:
-            fused.ahead = None
+    if form(x) != 'eager' or not torch.is_grad_enabled():
+        return nullcontext()
+    products = [product for block, fused in forms if (product := fused.product(block)) is not None]
+    return cast_ahead(products, working_dtype(x)) if products else nullcontext()
 
 
 def _cast(dtype: torch.dtype, *products: Tensor) -> tuple[Tensor, ...]:

@@ -8,7 +8,6 @@ float32 straight from the products, nothing allocated or checked twice.
 Shape legend: B batch, N = h * w tokens, M = B * N, C channels, H heads, F hidden channels.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,12 +22,10 @@ from mmvig.kernels import (
 )
 from mmvig.kernels.depthwise_conv import launch as convolve
 from mmvig.kernels.depthwise_conv import launch_backward as convolve_backward
-from mmvig.kernels.grid import ceil_div
 from mmvig.kernels.log_gates import gate_dtype
 from mmvig.kernels.products import wide_product
 
 Function = torch.autograd.function.FunctionCtx
-ALIGNMENT = 64  # numbers, of a block's cast weights
 
 
 class Settings(NamedTuple):
@@ -83,26 +80,16 @@ class Cast(NamedTuple):
 
 def cast(dtype: torch.dtype, *sources: Tensor) -> Cast:
     """Casts the weights of the products, `products(weights)`, in one call."""
-    return cast_all(dtype, [sources])[0]
-
-
-def cast_all(dtype: torch.dtype, blocks: Sequence[Sequence[Tensor]]) -> list[Cast]:
-    """Casts the weights of the products of several blocks in one call."""
-    every = [t for sources in blocks for t in sources]
-    sizes = [sum(t.numel() for t in sources) for sources in blocks]
-    places = [ceil_div(size, ALIGNMENT) * ALIGNMENT for size in sizes]
-    flat = torch.empty(sum(places), dtype=dtype, device=every[0].device)
-    made, parts = [], []
-    for place, sources in zip(flat.split(places), blocks, strict=True):
-        low, down = sources[2], sources[5]
-        c, f = down.shape
-        own = place[: sum(t.numel() for t in sources)].split([t.numel() for t in sources])
-        parts += [p.view(t.shape) for p, t in zip(own, sources, strict=True)]
-        into = place[: c * (3 * c + low.shape[0])].view(-1, c)
-        made.append(Cast(into, *parts[-3:]))
+    low, down = sources[2], sources[5]
+    c, f = down.shape
+    flat = torch.empty(c * (4 * c + low.shape[0] + 3 * f), dtype=dtype, device=down.device)
+    parts = flat.split([t.numel() for t in sources])
     with torch.no_grad():
-        torch._foreach_copy_(parts, every)
-    return made
+        torch._foreach_copy_(
+            [p.view(t.shape) for p, t in zip(parts, sources, strict=True)], sources
+        )
+    into = flat[: c * (3 * c + low.shape[0])].view(-1, c)
+    return Cast(into, parts[3].view(c, c), parts[4].view(2 * f, c), parts[5].view(c, f))
 
 
 def products(w: Weights) -> tuple[Tensor, ...]:
@@ -190,7 +177,9 @@ def backward(
     b, _, c = k.stream.shape
     wide = w.out.dtype
     dy = dy.reshape(-1, c).to(s.dtype)
-    dhidden, product = swiglu_kernels.backward(k.hidden, torch.mm(dy, half.down), with_out=True)
+    dproduct = torch.mm(dy, half.down)
+    product = torch.empty_like(dproduct)
+    dhidden = swiglu_kernels.backward(k.hidden, dproduct, product)
     ddown = weight_grad(dy, product, wide)
     dnormed = torch.mm(dhidden, half.up)
     again = torch.empty_like(k.mixed) if k.mlp_normed is None else None

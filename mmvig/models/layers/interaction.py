@@ -141,7 +141,7 @@ class Interaction(nn.Module):
         Both read norms of c, which stays as it is in between: with the norms' weights in those of
         the products, one norm serves both. Returns new x, c, and the extractor's points, or None.
         """
-        if torch.is_grad_enabled() or form(x) != 'eager' or self._is_watched():
+        if not self._folds(x):
             return *self.injector(x, c, grid, pyramid), None
         first, second = self.injector, self.extractor
         linears = (
@@ -158,12 +158,15 @@ class Interaction(nn.Module):
         points = points.split([linear.out_features for linear in linears[1:]], -1)
         return first.inject(x, value, grid, pyramid), Stream(total), points
 
-    def _is_watched(self) -> bool:
+    def _folds(self, x: Tensor) -> bool:
+        """Whether norms can go into products: in inference on a GPU, nobody looking on."""
+        if torch.is_grad_enabled() or form(x) != 'eager':
+            return False
         first, second = self.injector, self.extractor
         modules = (first.attn, second.attn, first.attn.value_proj, second.attn.sampling_offsets,
                    second.attn.attention_weights)  # fmt: skip
         norms = (first.feat_norm, second.query_norm)
-        return (
+        return not (
             first.is_watched()
             or any(_is_watched(m) for m in modules)
             or any(type(norm) is not LayerNorm for norm in norms)

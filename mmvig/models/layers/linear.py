@@ -17,8 +17,9 @@ from mmvig.kernels.dispatch import form, working_dtype
 from mmvig.kernels.products import wide_product
 from mmvig.models.layers.kept import Kept
 
-# What one product is made of: where its cast weights go, weights, biases
-Product = tuple[Kept, Sequence[Tensor], Sequence[Tensor]]
+# Where cast parameters go, and groups of them that are joined: weights and biases of one product,
+# or the weights of each of several
+Product = tuple[Kept | Sequence[Tensor], ...]
 ALIGNMENT = 64  # numbers
 
 
@@ -81,7 +82,7 @@ def merged_linear(
 
 @contextmanager
 def cast_ahead(products: Sequence[Product], dtype: torch.dtype) -> Iterator[None]:
-    """Casts the weights and biases of many products by one call, for a forward pass inside."""
+    """Casts the parameters of many products by one call, for a forward pass inside."""
     groups = [group for _, *parts in products for group in parts if group]
     sizes = [sum(p.numel() for p in group) for group in groups]
     places = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
