@@ -13,6 +13,7 @@ from mmvig.kernels.resized_sum import resized_sum
 from mmvig.kernels.sampling_points import sampling_points
 from mmvig.kernels.stem_conv import stem_conv
 from mmvig.kernels.swiglu import swiglu
+from mmvig.kernels.swiglu_product import swiglu_product
 
 __all__ = [
     'batch_norm',
@@ -28,4 +29,5 @@ __all__ = [
     'sampling_points',
     'stem_conv',
     'swiglu',
+    'swiglu_product',
 ]

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, num_programs, power_of_2
+from mmvig.kernels.launch import kernel
 from mmvig.kernels.shares import sum_shares
 
 BC = 64  # channels a program
@@ -18,7 +19,7 @@ PER_MULTIPROCESSOR = 4  # programs with a share
 BP, BN = 128, 32  # shares and channels a step of `batch_norm_finish_kernel`
 
 
-@triton.jit
+@kernel(sizes=['M', 'each'])
 def batch_norm_stats_kernel(p_x, p_share, M, C, each, BM: tl.constexpr, BC: tl.constexpr):
     """Mean, and sum of squared distances from it, of `each` pixels a program: share (P, 2, C).
 
@@ -46,7 +47,7 @@ def batch_norm_stats_kernel(p_x, p_share, M, C, each, BM: tl.constexpr, BC: tl.c
     tl.store(p_share + C, tl.maximum(b_m2, 0.0), mask=mask_c)
 
 
-@triton.jit
+@kernel(sizes=['M', 'each', 'programs'])
 def batch_norm_finish_kernel(
     p_share, p_stats, p_mean, p_var, M, C, each, programs, momentum,
     BP: tl.constexpr, BN: tl.constexpr,
@@ -93,7 +94,7 @@ def load_norm(p_mean, p_var, p_weight, p_bias, cols, mask_c, eps):
     return b_mean[None, :], tl.rsqrt(b_var + eps)[None, :], b_weight[None, :], b_bias[None, :]
 
 
-@triton.jit
+@kernel(sizes=['M'])
 def batch_norm_apply_kernel(
     p_x, p_mean, p_var, p_weight, p_bias, p_out, blocks, M, C, eps,
     BM: tl.constexpr, BC: tl.constexpr, RELU: tl.constexpr,
@@ -112,7 +113,7 @@ def batch_norm_apply_kernel(
     tl.store(p_out + at, b_out.to(p_out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel(sizes=['H', 'W', 'OH', 'OW'])
 def batch_norm_pool_kernel(
     p_x, p_mean, p_var, p_weight, p_bias, p_out, p_tap, blocks, H, W, OH, OW, C, eps,
     BM: tl.constexpr, BC: tl.constexpr, RELU: tl.constexpr, HAS_TAP: tl.constexpr,
@@ -177,7 +178,7 @@ def load_grad(p_dout, p_tap, rows, cols, mask, H, W, OH, OW, C, POOL: tl.constex
     return b_grad
 
 
-@triton.jit
+@kernel(sizes=['H', 'W', 'OH', 'OW', 'M', 'each'])
 def batch_norm_sums_kernel(
     p_x, p_mean, p_var, p_weight, p_bias, p_dout, p_tap, p_share, H, W, OH, OW, M, C, each, eps,
     BM: tl.constexpr, BC: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
@@ -208,7 +209,7 @@ def batch_norm_sums_kernel(
     tl.store(p_share + C, tl.sum(b_dbias, 0), mask=mask_c)
 
 
-@triton.jit
+@kernel(sizes=['H', 'W', 'OH', 'OW', 'M'])
 def batch_norm_grad_kernel(
     p_x, p_mean, p_var, p_weight, p_bias, p_dout, p_tap, p_sums, p_dx,
     blocks, H, W, OH, OW, M, C, eps,
@@ -297,7 +298,7 @@ def backward(
     batch_norm_sums_kernel[(programs, blocks)](
         x, *stats, dout, tap, share, *sizes, each, eps, **settings
     )
-    sums = sum_shares(share)
+    sums = sum_shares(share)[0]
     dx = torch.empty_like(x)
     batch_norm_grad_kernel[(ceil_div(m, tile) * blocks,)](
         x, *stats, dout, tap, sums, dx, blocks, *sizes, eps, **settings

@@ -26,7 +26,8 @@ from mmvig.kernels.bigla_tiles import (
     sum_gates,
     sum_tokens,
 )
-from mmvig.kernels.grid import multiprocessors
+from mmvig.kernels.grid import ceil_div, multiprocessors
+from mmvig.kernels.launch import kernel
 
 # Chunks of a segment, and of a sequence that is left in one piece.
 SEGMENT, ONE_SEGMENT = 8, 16
@@ -110,7 +111,7 @@ def direction_grads(
     return dq, dk, dg
 
 
-@triton.jit(do_not_specialize=['B', 'N', 'H', 'n_segments', 'n_chunks', 'chunks'])
+@kernel(sizes=['B', 'N', 'H', 'n_segments', 'n_chunks', 'chunks'])
 def chunk_grads_kernel(
     p_q, p_k, p_v, p_gf, p_gb, p_do, p_dq, p_dk, p_dv, p_dgf, p_dgb,
     p_local, p_reach, p_totals, p_states, p_upper, scale,
@@ -239,10 +240,10 @@ def backward_by_chunks(
     dv = v.shape[-1]
     p = make_plan(q, v, grads=True)
     chunk = chunk or p.chunk
-    n_chunks = triton.cdiv(n, chunk)
+    n_chunks = ceil_div(n, chunk)
     chunks = chunks or segment_length(n_chunks, b * h, multiprocessors(q.device))
-    n_segments = triton.cdiv(n_chunks, chunks)
-    blocks = triton.cdiv(dv, p.block_v)
+    n_segments = ceil_div(n_chunks, chunks)
+    blocks = ceil_div(dv, p.block_v)
     dims = dict(K=dk, V=dv, BK=p.block_k, BV=p.block_v, C=chunk, OP=p.op, PRECISION=p.precision)
     inputs = (q, k, v, gf, gb, do)
     several = n_segments > 1

@@ -45,6 +45,7 @@ from mmvig.kernels.bigla_gluon_tiles import (
 from mmvig.kernels.bigla_plan import make_plan
 from mmvig.kernels.bigla_tiles import scan_states, strides
 from mmvig.kernels.grid import ceil_div, multiprocessors
+from mmvig.kernels.launch import kernel
 
 # Registers a thread; four programs of the states and three of the gradients a multiprocessor.
 STATES_REGISTERS, GRADS_REGISTERS = 128, 168
@@ -141,7 +142,7 @@ def one_direction(
     return dq, dk, dg
 
 
-@gluon.jit(do_not_specialize=['B', 'N', 'H', 'n_segments', 'n_chunks', 'chunks'])
+@kernel(sizes=['B', 'N', 'H', 'n_segments', 'n_chunks', 'chunks'], jit=gluon.jit)
 def grads_kernel(
     p_q, p_k, p_v, p_gf, p_gb, p_do, p_dq, p_dk, p_dv, p_dgf, p_dgb,
     p_local, p_reach, p_totals, p_states, p_weakest, p_upper, scale,

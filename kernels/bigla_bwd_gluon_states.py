@@ -29,6 +29,7 @@ from mmvig.kernels.bigla_gluon_tiles import (
     V,
     copy_rows,
 )
+from mmvig.kernels.launch import kernel
 
 
 @gluon.jit
@@ -41,7 +42,7 @@ def copy_chunk(s_x, s_y, s_g, stage, p_x, p_y, p_g, x_n, y_n, g_n, i_c, N, valid
     copy_rows(s_y.index(stage), p_y + t * y_n, y_n, n, V)
 
 
-@gluon.jit(do_not_specialize=['N', 'H', 'n_chunks', 'n_segments', 'chunks'])
+@kernel(sizes=['N', 'H', 'n_chunks', 'n_segments', 'chunks'], jit=gluon.jit)
 def states_kernel(
     p_q, p_k, p_v, p_gf, p_gb, p_do, p_local, p_reach, p_totals, p_states, p_decays, p_weakest,
     p_upper,

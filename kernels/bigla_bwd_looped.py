@@ -32,9 +32,11 @@ from mmvig.kernels.bigla_tiles import (
     sum_gates,
     sum_tokens,
 )
+from mmvig.kernels.grid import ceil_div
+from mmvig.kernels.launch import kernel
 
 
-@triton.jit(do_not_specialize=['N', 'H', 'segment', 'n_segments'])
+@kernel(sizes=['N', 'H', 'segment', 'n_segments'])
 def all_segment_states_kernel(
     p_q, p_k, p_v, p_gf, p_gb, p_do, p_states, p_decays, p_weakest,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
@@ -157,7 +159,7 @@ def sum_again(weights, g, zero):
         return tl.dot(weights.to(g.dtype), g, tl.zeros(g.shape, tl.float32) + zero) * LOG2E
 
 
-@triton.jit(do_not_specialize=['B', 'N', 'H', 'n_segments', 'n_chunks', 'chunks'])
+@kernel(sizes=['B', 'N', 'H', 'n_segments', 'n_chunks', 'chunks'])
 def grad_kernel(
     p_q, p_k, p_v, p_gf, p_gb, p_do, p_dq, p_dk, p_dv, p_dgf, p_dgb,
     p_states, p_weakest, p_stack, scale,
@@ -384,9 +386,9 @@ def backward_looped(
     b, n, h, dk = q.shape
     dv = v.shape[-1]
     p = make_plan(q, v, chunk, chunks, grads=True)
-    n_chunks = triton.cdiv(n, p.chunk)
-    n_segments = triton.cdiv(n_chunks, p.chunks)
-    blocks = triton.cdiv(dv, p.block_v)
+    n_chunks = ceil_div(n, p.chunk)
+    n_segments = ceil_div(n_chunks, p.chunks)
+    blocks = ceil_div(dv, p.block_v)
     dims = dict(K=dk, V=dv, BK=p.block_k, BV=p.block_v, C=p.chunk, OP=p.op, PRECISION=p.precision)
     inputs = (q, k, v, gf, gb, do)
     states = q.new_empty(4 if n_segments > 1 else 0, b * h, n_segments, dv, dk, dtype=torch.float32)

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 
 from mmvig.kernels.bigla_tiles import load_state, load_tile, store_state, sum_gates
+from mmvig.kernels.launch import kernel
 
 
-@triton.jit(do_not_specialize=['N', 'H', 'n_chunks', 'n_segments', 'chunks'])
+@kernel(sizes=['N', 'H', 'n_chunks', 'n_segments', 'chunks'])
 def local_states_kernel(
     p_q, p_k, p_v, p_gf, p_gb, p_do, p_local, p_reach, p_totals, p_states, p_decays, p_upper,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,

@@ -11,7 +11,6 @@ import math
 from functools import lru_cache
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -30,7 +29,8 @@ from mmvig.kernels.bigla_fwd_tiles import (
 )
 from mmvig.kernels.bigla_plan import make_plan
 from mmvig.kernels.bigla_tiles import half_gates, scan_gates, strides, sum_gates
-from mmvig.kernels.grid import multiprocessors
+from mmvig.kernels.grid import ceil_div, multiprocessors
+from mmvig.kernels.launch import kernel
 
 # Segments with a chunk that decays by more bits take the exact form.
 MAX_BITS = tl.constexpr(80.0)
@@ -45,7 +45,7 @@ LENGTHS = ((4, 1), (8, 2), (24, 6), (64, 8), (math.inf, 16))
 ONE_SEGMENT = 8
 
 
-@triton.jit(do_not_specialize=['N', 'H', 'n_segments', 'n_chunks', 'chunks'])
+@kernel(sizes=['N', 'H', 'n_segments', 'n_chunks', 'chunks'])
 def adds_kernel(
     p_k, p_v, p_gf, p_gb, p_adds, p_decays, p_weakest, p_table,
     k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
@@ -135,7 +135,7 @@ def adds_kernel(
     put_state(p_adds + (flow + slot) * (K * V), left, K, V, v0, 0, BV, BK)
 
 
-@triton.jit(do_not_specialize=['n_segments', 'n_chunks', 'chunks', 'heads'])
+@kernel(sizes=['n_segments', 'n_chunks', 'chunks', 'heads'])
 def scan_kernel(
     p_adds, p_decays, p_right, p_stack, n_segments, n_chunks, chunks, heads,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -166,7 +166,7 @@ def scan_kernel(
         state = state * tl.exp2(decay) + added.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=['N', 'H', 'n_segments', 'n_chunks', 'chunks'])
+@kernel(sizes=['N', 'H', 'n_segments', 'n_chunks', 'chunks'])
 def out_kernel(
     p_q, p_k, p_v, p_gf, p_gb, p_o, p_right, p_stack, p_weakest, p_table, bits,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
@@ -271,7 +271,7 @@ def out_kernel(
         tl.store(p_weakest + slot, tl.min(weakest))
 
 
-@triton.jit(do_not_specialize=['N', 'H', 'n_segments', 'n_chunks', 'chunks'])
+@kernel(sizes=['N', 'H', 'n_segments', 'n_chunks', 'chunks'])
 def exact_kernel(
     p_q, p_k, p_v, p_gf, p_gb, p_o, p_right, p_stack, p_weakest, bits,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
@@ -378,15 +378,15 @@ def forward_from_edges(
     dv = v.shape[-1]
     p = make_plan(q, v)
     chunk = chunk or p.chunk
-    n_chunks = triton.cdiv(n, chunk)
+    n_chunks = ceil_div(n, chunk)
     chunks = min(chunks or segment_length(n_chunks, b * h, multiprocessors(q.device)), n_chunks)
-    n_segments = triton.cdiv(n_chunks, chunks)
+    n_segments = ceil_div(n_chunks, chunks)
     several = n_segments > 1
     flat = several and chunks == 1
     options = FLAT if flat else SHORT if chunks <= 2 else LONG
     dims = dict(K=dk, V=dv, BK=p.block_k, BV=p.block_v, C=chunk, OP=p.op, PRECISION=p.precision)
     form = dict(FLAT=flat, SETTLE=options['num_stages'] == 1)
-    grid = (b * h, n_segments, triton.cdiv(dv, p.block_v))
+    grid = (b * h, n_segments, ceil_div(dv, p.block_v))
     sizes = (n, h, n_segments, n_chunks, chunks)
     inputs = (q, k, v, gf, gb)
     o = q.new_empty(b, n, h, dv)
@@ -401,7 +401,7 @@ def forward_from_edges(
             k, v, gf, gb, added, decays, weakest, table, *strides(k, v, gf, gb), *sizes, **dims,
             **form, **options,
         )  # fmt: skip
-        scan_kernel[triton.cdiv(dk * dv, 128), 2, b * h](
+        scan_kernel[ceil_div(dk * dv, 128), 2, b * h](
             added, decays, right, stack, n_segments, n_chunks, chunks, b * h, dk, dv, BLOCK=128,
             STAGES=8, num_warps=1,
         )  # fmt: skip

@@ -46,6 +46,7 @@ from mmvig.kernels.bigla_gluon_tiles import (
 from mmvig.kernels.bigla_plan import make_plan
 from mmvig.kernels.bigla_tiles import strides
 from mmvig.kernels.grid import ceil_div, multiprocessors
+from mmvig.kernels.launch import kernel
 
 HELD = 4  # chunks of a sequence that shared memory holds
 # Three programs a multiprocessor; two, where a sequence is held.
@@ -76,7 +77,7 @@ def copy_rest(s_gf, s_q, stage, p_gf, p_q, gf_n, q_n, i_c, n, z=0):
     copy_rows(s_q.index(stage), p_q + t * q_n, q_n, left, 32, z)
 
 
-@gluon.jit(do_not_specialize=['N', 'H', 'n_segments', 'n_chunks', 'chunks'])
+@kernel(sizes=['N', 'H', 'n_segments', 'n_chunks', 'chunks'], jit=gluon.jit)
 def out_kernel(
     p_q, p_k, p_v, p_gf, p_gb, p_o, p_right, p_stack, p_weakest, p_table, bits,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,

@@ -27,6 +27,7 @@ from mmvig.kernels.bigla_gluon_tiles import (
     held,
     write_rows,
 )
+from mmvig.kernels.launch import kernel
 
 
 @gluon.jit
@@ -42,7 +43,7 @@ def copy_chunk(
     copy_rows(s_v.index(stage), p_v + t * v_n, v_n, left, 64, z)
 
 
-@gluon.jit(do_not_specialize=['N', 'H', 'n_segments', 'n_chunks', 'chunks'])
+@kernel(sizes=['N', 'H', 'n_segments', 'n_chunks', 'chunks'], jit=gluon.jit)
 def adds_kernel(
     p_k, p_v, p_gf, p_gb, p_adds, p_decays, p_weakest, p_ahead,
     k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,

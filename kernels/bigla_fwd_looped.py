@@ -26,9 +26,11 @@ from mmvig.kernels.bigla_tiles import (
     strides,
     sum_gates,
 )
+from mmvig.kernels.grid import ceil_div
+from mmvig.kernels.launch import kernel
 
 
-@triton.jit(do_not_specialize=['N', 'H', 'segment', 'n_segments'])
+@kernel(sizes=['N', 'H', 'segment', 'n_segments'])
 def segment_states_kernel(
     p_k, p_v, p_gf, p_gb, p_states, p_decays, p_weakest,
     k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
@@ -83,7 +85,7 @@ def exact_scores(
     return a
 
 
-@triton.jit(do_not_specialize=['N', 'H', 'n_segments', 'n_chunks', 'chunks'])
+@kernel(sizes=['N', 'H', 'n_segments', 'n_chunks', 'chunks'])
 def output_kernel(
     p_q, p_k, p_v, p_gf, p_gb, p_o, p_states, p_weakest, p_stack, scale,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
@@ -230,10 +232,10 @@ def forward_looped(
     dv = v.shape[-1]
     p = make_plan(q, v, chunk, chunks)
     o = torch.empty(b, n, h, dv, dtype=q.dtype, device=q.device)
-    n_chunks = triton.cdiv(n, p.chunk)
-    n_segments = triton.cdiv(n_chunks, p.chunks)
+    n_chunks = ceil_div(n, p.chunk)
+    n_segments = ceil_div(n_chunks, p.chunks)
     dims = dict(K=dk, V=dv, BK=p.block_k, BV=p.block_v, C=p.chunk, OP=p.op, PRECISION=p.precision)
-    grid = (b * h, n_segments, triton.cdiv(dv, p.block_v))
+    grid = (b * h, n_segments, ceil_div(dv, p.block_v))
     states = o.new_empty(2 if n_segments > 1 else 0, b * h, n_segments, dv, dk, dtype=torch.float32)
     weakest = states.new_empty(b * h, n_segments)
     if n_segments > 1:

@@ -4,11 +4,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmvig.kernels.grid import multiprocessors
+from mmvig.kernels.grid import ceil_div, multiprocessors, power_of_2
 
 # Programs that a multiprocessor of Hopper holds at once, limited by registers.
 RESIDENT = 2
@@ -71,12 +70,12 @@ def plan_for(
     # 64 tokens in TF32, which float16 would have at key dim 16, fault on Hopper (Triton 3.6).
     size = dk * {torch.bfloat16: 1, torch.float16: 2, torch.float32: 4}[dtype]
     chunk = 64 if half and size <= 32 else 32 if size <= 64 else 16
-    block_v = min(32 if chunk == 16 and dk > 32 else 64, max(16, triton.next_power_of_2(dv)))
-    heads = b * h * triton.cdiv(dv, block_v)
+    block_v = min(32 if chunk == 16 and dk > 32 else 64, max(16, power_of_2(dv)))
+    heads = b * h * ceil_div(dv, block_v)
     return Plan(
         chunk=chunk,
-        chunks=choose_chunks(triton.cdiv(n, chunk), heads, RESIDENT * multiprocessors(device)),
-        block_k=max(16, triton.next_power_of_2(dk)),
+        chunks=choose_chunks(ceil_div(n, chunk), heads, RESIDENT * multiprocessors(device)),
+        block_k=max(16, power_of_2(dk)),
         block_v=block_v,
         # float16 has too little range for the factors of a decay; TF32 has its precision.
         op=tl.bfloat16 if half else tl.float32,

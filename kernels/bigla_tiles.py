@@ -20,6 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmvig.kernels.grid import ceil_div
+from mmvig.kernels.launch import kernel
+
 # The interpreter has no products of bfloat16.
 INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -206,7 +209,7 @@ def store_states(
         tl.store(p_weakest + slot, weakest, mask=v0 == 0)
 
 
-@triton.jit(do_not_specialize=['n_segments', 'heads'])
+@kernel(sizes=['n_segments', 'heads'])
 def scan_states_kernel(
     p_states, p_decays, n_segments, heads, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -238,7 +241,7 @@ def scan_states(states: Tensor, decays: Tensor) -> None:
     """Launches `scan_states_kernel` over (flow, B*H, segment, V, K) states, in place."""
     flows, heads, n_segments, dv, dk = states.shape
     block = 128
-    scan_states_kernel[triton.cdiv(dk * dv, block), flows, heads](
+    scan_states_kernel[ceil_div(dk * dv, block), flows, heads](
         states, decays, n_segments, heads, dk, dv, BLOCK=block, num_warps=1
     )
 

@@ -106,7 +106,7 @@ def launch_backward(
     act: str,
     needs_x: bool,
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradients to x, and (C, 10) to weight and bias, float32."""
+    """Gradients to x, and shares (P, C, 10) of those to weight and bias, float32."""
     if _is_large(x, sizes):
         return _differentiate_large(x, weight, bias, grad, sizes, act, needs_x)
     from mmvig.kernels.depthwise_conv_kernels import backward
@@ -146,13 +146,19 @@ def _differentiate_large(
     dx = dx.flatten(2).transpose(1, 2).contiguous() if needs_x else None
     dbias = grad.sum((0, 2, 3), dtype=torch.float32) if bias is not None else grad.new_zeros(1)
     dbias = dbias.float().expand(x.shape[2])[:, None]
-    return dx, torch.cat([dweight.flatten(1).float(), dbias], 1)
+    return dx, torch.cat([dweight.flatten(1).float(), dbias], 1)[None]
 
 
-def _split(shares: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
+def _sum(share: Tensor) -> Tensor:
+    from mmvig.kernels.shares import sum_shares
+
+    return sum_shares(share)[0]
+
+
+def _split(sums: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
     """(C, 10) to gradients of weight and bias."""
-    weight = shares[:, :9].reshape(-1, 1, 3, 3)
-    return weight, (shares[:, 9] if has_bias else None)
+    weight = sums[:, :9].reshape(-1, 1, 3, 3)
+    return weight, (sums[:, 9] if has_bias else None)
 
 
 class _Eager(torch.autograd.Function):
@@ -174,8 +180,8 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
         x, weight, bias = ctx.saved_tensors
         needs_x = ctx.needs_input_grad[0]
-        dx, shares = launch_backward(x, weight, bias, grad, *ctx.settings, needs_x)
-        return dx, *_split(shares, bias is not None), None, None
+        dx, share = launch_backward(x, weight, bias, grad, *ctx.settings, needs_x)
+        return dx, *_split(_sum(share), bias is not None), None, None
 
 
 @torch.library.custom_op('mmvig::depthwise_conv', mutates_args=(), device_types='cuda')
@@ -192,8 +198,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int], act: str
 def _backward(
     x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor, sizes: list[int], act: str
 ) -> tuple[Tensor, Tensor]:
-    dx, shares = launch_backward(x, weight, bias, grad, sizes, act, True)
-    return dx, shares
+    dx, share = launch_backward(x, weight, bias, grad, sizes, act, True)
+    return dx, _sum(share)
 
 
 @_backward.register_fake
@@ -210,8 +216,8 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tenso
 
 def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
     x, weight, bias = ctx.saved_tensors
-    dx, shares = torch.ops.mmvig.depthwise_conv_backward(x, weight, bias, grad, *ctx.settings)
-    return dx, *_split(shares, bias is not None), None, None
+    dx, sums = torch.ops.mmvig.depthwise_conv_backward(x, weight, bias, grad, *ctx.settings)
+    return dx, *_split(sums, bias is not None), None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

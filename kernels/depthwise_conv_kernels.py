@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, multiprocessors
-from mmvig.kernels.shares import sum_shares
+from mmvig.kernels.launch import kernel
 
 MAX_MAPS = 3
 BW = 8
@@ -100,7 +100,7 @@ def slope(b_x, ACT: tl.constexpr):
     return b_x
 
 
-@triton.jit
+@kernel(sizes=['S', 'rows', 'H0', 'W0', 'H1', 'W1', 'H2', 'W2'])
 def convolve_kernel(
     p_x, p_weight, p_bias, p_out, S, C, rows, H0, W0, H1, W1, H2, W2,
     BW: tl.constexpr, BC: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
@@ -141,7 +141,7 @@ def convolve_kernel(
         b0, b1, b2 = c0, c1, c2
 
 
-@triton.jit
+@kernel(sizes=['S', 'rows', 'H0', 'W0', 'H1', 'W1', 'H2', 'W2'])
 def weight_grad_kernel(
     p_x, p_weight, p_bias, p_dout, p_dpre, p_share, S, C, rows, H0, W0, H1, W1, H2, W2,
     BW: tl.constexpr, BC: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
@@ -276,7 +276,7 @@ def backward(
     act: str,
     needs_x: bool,
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradients to x, and (C, 10) to weight and bias, float32; x and dout are contiguous."""
+    """Gradients to x, and shares (P, C, 10) to weight and bias; x and dout are contiguous."""
     grid, sizes = _grid(x, shapes, RESIDENT_GRAD)
     c = x.shape[2]
     share = torch.empty(grid[0] * grid[2], c, 10, dtype=torch.float32, device=x.device)
@@ -286,4 +286,4 @@ def backward(
         BW=BW, BC=BC, HAS_BIAS=bias is not None, ACT=act, num_warps=WARPS,
     )  # fmt: skip
     dx = convolve(dpre, weight, None, shapes, 'none', flip=True) if needs_x else None
-    return dx, sum_shares(share)
+    return dx, share

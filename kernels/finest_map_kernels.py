@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.batch_norm_kernels import load_norm
 from mmvig.kernels.grid import ceil_div, num_programs, power_of_2
+from mmvig.kernels.launch import kernel
 from mmvig.kernels.resized_sum_kernels import load_resized
 
 BC = 64  # channels a program
@@ -16,7 +16,7 @@ PIXELS, WARPS = 32, 4
 RESIDENT = 6  # programs a multiprocessor, of which each takes several tiles of pixels
 
 
-@triton.jit
+@kernel(sizes=['tiles', 'B', 'H', 'W', 'h', 'w'])
 def finest_map_kernel(
     p_x, p_y, p_project, p_tokens, p_bias, p_mean, p_var, p_weight, p_shift, p_out,
     y_b, t_b, blocks, tiles, B, H, W, h, w, C, CY, eps,

@@ -119,10 +119,11 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to x, local, gate, both weights (2, V), and the gate's bias (H * V)."""
     from mmvig.kernels.gated_head_norm_kernels import backward
+    from mmvig.kernels.shares import sum_shares
 
     args = (x, local, gate, gate_bias, weight_x, weight_local, grad.contiguous(), silu, eps)
-    *grads, shares = backward(*args)
-    return (*grads, shares[:2].sum(1), shares[2].flatten())
+    *grads, dw, db = backward(*args)
+    return (*grads, *sum_shares(dw, db))
 
 
 class _Eager(torch.autograd.Function):

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, num_programs, power_of_2
-from mmvig.kernels.shares import sum_shares
+from mmvig.kernels.launch import kernel
 
 TILE = 2048
 
@@ -23,7 +23,7 @@ def normalize(p, at, mask, V, eps):
     return b_x * b_scale, b_scale
 
 
-@triton.jit
+@kernel(sizes=['M'])
 def gated_head_norm_kernel(
     p_x, p_local, p_gate, p_bias, p_wx, p_wl, p_out, M, V, x_m, local_m, gate_m, out_m, eps,
     BM: tl.constexpr, BV: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
@@ -50,9 +50,9 @@ def gated_head_norm_kernel(
     tl.store(p_out + b_row * out_m + b_col, b_out.to(p_out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel(sizes=['M'])
 def gated_head_norm_grad_kernel(
-    p_x, p_local, p_gate, p_bias, p_wx, p_wl, p_dout, p_dx, p_dlocal, p_dgate, p_share, p_out,
+    p_x, p_local, p_gate, p_bias, p_wx, p_wl, p_dout, p_dx, p_dlocal, p_dgate, p_dw, p_db, p_out,
     M, V, x_m, local_m, gate_m, dout_m, eps,
     BM: tl.constexpr, BV: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
     WITH_OUT: tl.constexpr,
@@ -61,7 +61,8 @@ def gated_head_norm_grad_kernel(
 
     And the forward's result, contiguous, if WITH_OUT.
 
-    Program (p, h) takes each num_programs-th tile of head h; shares are (programs, 3, H, V).
+    Program (p, h) takes each num_programs-th tile of head h; shares are (programs, H, 2, V) of the
+    weights and (programs, H, V) of the bias.
     """
     head = tl.program_id(1) * V
     width = tl.num_programs(1) * V
@@ -108,10 +109,10 @@ def gated_head_norm_grad_kernel(
         b_e = b_dl * b_wl
         b_e = b_scale_l * (b_e - b_l * (tl.sum(b_e * b_l, 1) / V)[:, None])
         tl.store(p_dlocal + at, b_e.to(p_dlocal.dtype.element_ty), mask=mask)
-    p_share += tl.program_id(0) * 3 * width + head + cols
-    tl.store(p_share, tl.sum(b_dwx, 0), mask=mask_v)
-    tl.store(p_share + width, tl.sum(b_dwl, 0), mask=mask_v)
-    tl.store(p_share + 2 * width, tl.sum(b_dbias, 0), mask=mask_v)
+    at = tl.program_id(0) * width + head
+    tl.store(p_dw + 2 * at + cols, tl.sum(b_dwx, 0), mask=mask_v)
+    tl.store(p_dw + 2 * at + V + cols, tl.sum(b_dwl, 0), mask=mask_v)
+    tl.store(p_db + at + cols, tl.sum(b_dbias, 0), mask=mask_v)
 
 
 def _tile(v: int) -> dict[str, int]:
@@ -152,8 +153,8 @@ def backward(
     silu: bool,
     eps: float,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to x, local and gate, contiguous, and (3, H, V) to weight_x, weight_local, bias.
+) -> tuple[Tensor, ...]:
+    """Gradients to x, local, gate, contiguous; shares (P * H, 2, V) to weights, (P, H * V) to bias.
 
     Out (M, H * V), if given, is filled with the forward's result, so that nobody has to keep it.
     """
@@ -162,10 +163,11 @@ def backward(
     tile = _tile(v)
     heads = c // v
     programs = num_programs(ceil_div(m, tile['BM']), x.device, max(1, 6 // heads))
-    share = torch.empty(programs, 3, heads, v, dtype=torch.float32, device=x.device)
+    dw = torch.empty(programs * heads, 2, v, dtype=torch.float32, device=x.device)
+    db = torch.empty(programs, c, dtype=torch.float32, device=x.device)
     gated_head_norm_grad_kernel[(programs, heads)](
-        x, local, gate, bias, weight_x, weight_local, dout, *grads, share, out, m, v,
+        x, local, gate, bias, weight_x, weight_local, dout, *grads, dw, db, out, m, v,
         x.stride(0), local.stride(0), gate.stride(0), dout.stride(0), eps,
         **tile, HAS_BIAS=bias is not None, SILU=silu, WITH_OUT=out is not None,
     )  # fmt: skip
-    return (*grads, sum_shares(share))
+    return (*grads, dw, db)

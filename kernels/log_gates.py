@@ -79,10 +79,12 @@ def _launch_backward(
     low: Tensor, weight: Tensor, bias: Tensor, grad_fwd: Tensor, grad_bwd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     from mmvig.kernels.log_gates_kernels import backward
+    from mmvig.kernels.shares import sum_shares
 
     grads = (as_rows(grad_fwd), as_rows(grad_bwd))
-    dlow, shares = backward(low, weight.contiguous(), bias, *grads)
-    return dlow.to(low.dtype), shares[:-1].t(), shares[-1]
+    dlow, share = backward(low, weight.contiguous(), bias, *grads)
+    (sums,) = sum_shares(share)
+    return dlow.to(low.dtype), sums[:-1].t(), sums[-1]
 
 
 class _Eager(torch.autograd.Function):

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, num_programs, power_of_2
+from mmvig.kernels.launch import kernel
 from mmvig.kernels.shares import sum_shares
 
 NORMALIZER = tl.constexpr(16)
@@ -33,7 +34,7 @@ def project(
     return tl.dot(b_low, b_weight, input_precision=PRECISION) + b_bias[None, :]
 
 
-@triton.jit
+@kernel(sizes=['M'])
 def log_gates_kernel(
     p_low, p_weight, p_bias, p_fwd, p_bwd, M, HALF, low_m,
     R: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, OP: tl.constexpr,
@@ -56,7 +57,7 @@ def log_gates_kernel(
     tl.store(p_fwd + at, b_gate, mask=mask_m[:, None] & mask_c[None, :])
 
 
-@triton.jit
+@kernel(sizes=['M'])
 def log_gates_grad_kernel(
     p_low, p_weight, p_bias, p_dfwd, p_dbwd, p_dlow, p_share, M, HALF, low_m, dfwd_m, dbwd_m,
     R: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, OP: tl.constexpr,
@@ -127,7 +128,7 @@ def forward(low: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tu
 def backward(
     low: Tensor, weight: Tensor, bias: Tensor, dfwd: Tensor, dbwd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients to low, float32, and (R + 1, C) to weight, turned, and bias."""
+    """Gradients to low, float32, and shares (P, R + 1, C) of those to weight, turned, and bias."""
     (m, r), half = low.shape, weight.shape[0] // 2
     settings = _settings(low, half, GRAD_MAX_BC)
     blocks = ceil_div(half, settings['BC'])
@@ -138,4 +139,4 @@ def backward(
         low, weight, bias, dfwd, dbwd, dlow, share, m, half,
         low.stride(0), dfwd.stride(0), dbwd.stride(0), **settings,
     )  # fmt: skip
-    return sum_shares(dlow), sum_shares(share)
+    return sum_shares(dlow)[0], share

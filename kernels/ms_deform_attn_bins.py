@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmvig.kernels.grid import ceil_div, power_of_2
+from mmvig.kernels.launch import kernel
 from mmvig.kernels.ms_deform_attn_fwd import load_level, load_location, to_pixels
 
 BLOCK = 256
@@ -38,7 +40,7 @@ def load_samples(
     return x, y, near, h, query * L + level, start + row * width + column
 
 
-@triton.jit(do_not_specialize=['S', 'Q', 'H', 'n', 'n_blocks'])
+@kernel(sizes=['S', 'Q', 'H', 'n', 'n_blocks'])
 def bin_kernel(
     p_shapes, p_starts, p_locations, p_counts, p_places, S, Q, H, n, n_blocks,
     L: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
@@ -60,7 +62,7 @@ def bin_kernel(
     tl.store(p_places + b * n + i, place.to(p_places.dtype.element_ty), mask=i < n)
 
 
-@triton.jit(do_not_specialize=['S', 'Q', 'H', 'n', 'n_blocks', 'n_samples'])
+@kernel(sizes=['S', 'Q', 'H', 'n', 'n_blocks', 'n_samples'])
 def fill_kernel(
     p_shapes, p_starts, p_locations, p_weights, p_first, p_places, p_records,
     S, Q, H, n, n_blocks, n_samples,
@@ -112,7 +114,7 @@ def load_run(p_records, r, n_0, n, first_0, first_1, R: tl.constexpr):
     return x, y, w, which
 
 
-@triton.jit(do_not_specialize=['S', 'Q', 'H', 'n_blocks'])
+@kernel(sizes=['S', 'Q', 'H', 'n_blocks'])
 def gather_kernel(
     p_shapes, p_starts, p_first, p_records, p_do, p_dvalue, S, Q, H, n_blocks,
     L: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
@@ -191,7 +193,7 @@ def sort_samples(
     """
     q, h, n_levels, n_points = locations.shape[1:5]
     n = q * h * n_levels * n_points
-    n_bins, n_blocks = b * h * s, triton.cdiv(n, BLOCK)
+    n_bins, n_blocks = b * h * s, ceil_div(n, BLOCK)
     integer = torch.int32 if max(n_bins, b * n) < 2**31 else torch.int64
     places = torch.empty(b * n, dtype=integer, device=locations.device)
     first = places.new_zeros(0 if deterministic else n_bins + 1)
@@ -207,7 +209,7 @@ def sort_samples(
     else:
         first = first.cumsum(0, dtype=integer)
     records = torch.empty(b * n, 4, dtype=torch.float32, device=locations.device)
-    fill_kernel[(b * n_blocks if not deterministic else triton.cdiv(b * n, BLOCK),)](
+    fill_kernel[(b * n_blocks if not deterministic else ceil_div(b * n, BLOCK),)](
         shapes, starts, locations, weights, first, places, records, s, q, h, n, n_blocks, b * n,
         **sizes, COUNTED=not deterministic,
     )  # fmt: skip
@@ -231,11 +233,11 @@ def value_gradient(
     q, n_levels, n_points = locations.shape[1], *locations.shape[3:5]
     first, records = sort_samples(b, s, shapes, starts, locations, weights, deterministic)
     dvalue = torch.empty(b, s, h, d, dtype=value.dtype, device=value.device)
-    n_blocks = triton.cdiv(s, TOKENS)
-    block_d = min(max(triton.next_power_of_2(d), 16), 128)
+    n_blocks = ceil_div(s, TOKENS)
+    block_d = min(max(power_of_2(d), 16), 128)
     # Records at once: no more than the bins of a token usually hold.
     dense = q * n_levels * n_points > 8 * s
-    gather_kernel[(n_blocks * b * h, triton.cdiv(d, block_d))](
+    gather_kernel[(n_blocks * b * h, ceil_div(d, block_d))](
         shapes, starts, first, records, do, dvalue, s, q, h, n_blocks,
         L=n_levels, D=d, BD=block_d, T=TOKENS, R=32 if dense else 16,
         PRECISION='tf32x3' if do.dtype == torch.float32 else None,

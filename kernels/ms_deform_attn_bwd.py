@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmvig.kernels.grid import ceil_div
+from mmvig.kernels.launch import kernel
 from mmvig.kernels.ms_deform_attn_bins import value_gradient
 from mmvig.kernels.ms_deform_attn_fwd import (
     block_sizes,
@@ -28,7 +30,7 @@ def row_dot(do, corner):
     return tl.sum(do * corner.to(tl.float32), 1)
 
 
-@triton.jit(do_not_specialize=['S', 'Q', 'H', 'n_blocks'])
+@kernel(sizes=['S', 'Q', 'H', 'n_blocks'])
 def points_kernel(
     p_value, p_shapes, p_starts, p_locations, p_weights, p_do, p_dlocations, p_dweights,
     v_b, v_s, v_h, S, Q, H, n_blocks,
@@ -86,7 +88,7 @@ def point_gradients(
     q, n_levels, n_points = locations.shape[1], *locations.shape[3:5]
     dlocations, dweights = torch.empty_like(locations), torch.empty_like(weights)
     blocks = block_sizes(d, value.element_size())
-    n_blocks = triton.cdiv(q, blocks['BQ'])
+    n_blocks = ceil_div(q, blocks['BQ'])
     points_kernel[(n_blocks * b * h,)](
         value, shapes, starts, locations, weights, do, dlocations, dweights,
         *value.stride()[:3], s, q, h, n_blocks,

@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmvig.kernels.grid import ceil_div, power_of_2
+from mmvig.kernels.launch import kernel
+
 
 @triton.jit
 def load_level(p_shapes, p_starts, level, S):
@@ -89,7 +92,7 @@ def load_corners(p_map, x, y, near, height, width, stride, cols, mask_cols):
     return v00, v01, v10, v11, x - left, y - top
 
 
-@triton.jit(do_not_specialize=['S', 'Q', 'H', 'n_blocks'])
+@kernel(sizes=['S', 'Q', 'H', 'n_blocks'])
 def ms_deform_attn_kernel(
     p_value, p_shapes, p_starts, p_locations, p_weights, p_out,
     v_b, v_s, v_h, S, Q, H, n_blocks,
@@ -160,7 +163,7 @@ def block_sizes(head_dim: int, element_size: int) -> dict[str, int]:
     Measured on an H200 from 1 to 8 warps a program: one is the fastest or within 3% of it, since
     nothing but memory makes it wait, and reductions over channels need no barrier.
     """
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = power_of_2(head_dim)
     return dict(BD=block_d, BQ=max(1, 32 * 16 // (block_d * element_size)), num_warps=1)
 
 
@@ -173,7 +176,7 @@ def forward(
     value = unit_stride(value)
     out = torch.empty(b, q, h * d, dtype=value.dtype, device=value.device)
     blocks = block_sizes(d, value.element_size())
-    n_blocks = triton.cdiv(q, blocks['BQ'])
+    n_blocks = ceil_div(q, blocks['BQ'])
     ms_deform_attn_kernel[(n_blocks * b * h,)](
         value, shapes.contiguous(), starts.contiguous(), pairs(locations), weights.contiguous(),
         out, *value.stride()[:3], s, q, h, n_blocks,

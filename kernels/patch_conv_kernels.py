@@ -1,16 +1,16 @@
 """Triton kernel and launcher of `patch_conv`: the windows as rows of a matrix."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, power_of_2
+from mmvig.kernels.launch import kernel
 
 BM, MAX_BK, WARPS = 16, 256, 4
 
 
-@triton.jit
+@kernel(sizes=['R', 'H', 'W', 'OH', 'OW'])
 def patch_windows_kernel(
     p_x, p_out, R, H, W, OH, OW, S, PAD, K,
     CIN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,

@@ -95,6 +95,11 @@ def swiglu(x: Tensor) -> Tensor:
     return (F.silu(a) * b).to(x.dtype)
 
 
+def swiglu_product(x: Tensor, weight: Tensor) -> Tensor:
+    """`swiglu(x @ weight^T)`, (..., C) and (2 F, C) to (..., F), rounded in between."""
+    return swiglu(F.linear(x, weight))
+
+
 def residual_norm(
     x: Tensor,
     y: Tensor | None,

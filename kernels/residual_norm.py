@@ -98,10 +98,12 @@ def _launch_backward(
     center: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     from mmvig.kernels.residual_norm_kernels import backward
+    from mmvig.kernels.shares import sum_shares
 
     grad_total = None if grad_total is None else grad_total.contiguous()
     args = (total, keep, weight, grad_total, grad.contiguous(), eps, y_dtype, center)
-    return backward(*args)
+    dx, dy, share = backward(*args)
+    return dx, dy, sum_shares(share)[0]
 
 
 class _Eager(torch.autograd.Function):

@@ -4,18 +4,37 @@ Rows are tokens of C channels, all tensors (M, C) and contiguous; everything is 
 and rounded once at the store. A program holds whole rows.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, num_programs, power_of_2
-from mmvig.kernels.shares import sum_shares
+from mmvig.kernels.launch import kernel
 
-TILE = 4096  # elements of a tile
-WARPS = 8
-RESIDENT = 2  # programs a multiprocessor of the gradients, which walk over tiles
-PIPELINED = 4  # tiles from which on a program of the gradients loads the next one ahead
+TILE, WARPS = 4096, 8  # elements of a tile of the forward
+
+
+class Walk(NamedTuple):
+    """How programs of the gradients walk over tiles.
+
+    Attributes:
+        tile: Elements of a tile.
+        warps: Of a program.
+        resident: Programs a multiprocessor.
+        stages: 2 where the next tile is loaded while this one is in work.
+    """
+
+    tile: int
+    warps: int
+    resident: int
+    stages: int
+
+
+SHORT, LONG = Walk(4096, 4, 2, 1), Walk(2048, 4, 4, 2)
+LONG_TILES = 10  # of a program, from which on LONG is faster
 
 
 @triton.jit
@@ -39,7 +58,7 @@ def normalize(b_x, mask_c, C, eps, CENTER: tl.constexpr):
     return b_x * b_scale, b_scale
 
 
-@triton.jit
+@kernel(sizes=['M', 'tokens'])
 def residual_norm_kernel(
     p_x, p_y, p_keep, p_weight, p_bias, p_sum, p_out, M, C, tokens, eps,
     BM: tl.constexpr, BC: tl.constexpr, HAS_Y: tl.constexpr, HAS_KEEP: tl.constexpr,
@@ -65,7 +84,7 @@ def residual_norm_kernel(
     tl.store(p_out + at, b_out.to(p_out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel(sizes=['M', 'tokens'])
 def residual_norm_grad_kernel(
     p_sum, p_keep, p_weight, p_dsum, p_dout, p_dx, p_dy, p_share, p_out, M, C, tokens, eps,
     BM: tl.constexpr, BC: tl.constexpr, HAS_DSUM: tl.constexpr, HAS_Y: tl.constexpr,
@@ -89,9 +108,15 @@ def residual_norm_grad_kernel(
         rows = start + tl.arange(0, BM)
         mask = (rows < M)[:, None] & mask_c
         at = rows[:, None].to(tl.int64) * C + cols[None, :]
-        b_x = tl.load(p_sum + at, mask=mask, other=0.0).to(tl.float32)
-        b_n, b_scale = normalize(b_x, mask_c, C, eps, CENTER)
-        b_dout = tl.load(p_dout + at, mask=mask, other=0.0).to(tl.float32)
+        b_x = tl.load(p_sum + at, mask=mask, other=0.0)
+        if STAGES == 1:  # else they are loaded ahead anyway, and would take registers from here on
+            b_dout = tl.load(p_dout + at, mask=mask, other=0.0)
+            if HAS_DSUM:
+                b_dsum = tl.load(p_dsum + at, mask=mask, other=0.0)
+        b_n, b_scale = normalize(b_x.to(tl.float32), mask_c, C, eps, CENTER)
+        if STAGES > 1:
+            b_dout = tl.load(p_dout + at, mask=mask, other=0.0)
+        b_dout = b_dout.to(tl.float32)
         b_dweight += b_dout * b_n
         if WITH_OUT:
             tl.store(p_out + at, (b_n * b_weight).to(p_out.dtype.element_ty), mask=mask)
@@ -102,7 +127,9 @@ def residual_norm_grad_kernel(
             b_dx -= (tl.sum(b_e, 1) / C)[:, None]
         b_dx *= b_scale
         if HAS_DSUM:
-            b_dx += tl.load(p_dsum + at, mask=mask, other=0.0).to(tl.float32)
+            if STAGES > 1:
+                b_dsum = tl.load(p_dsum + at, mask=mask, other=0.0)
+            b_dx += b_dsum.to(tl.float32)
         tl.store(p_dx + at, b_dx.to(p_dx.dtype.element_ty), mask=mask)
         if HAS_Y:
             if HAS_KEEP:
@@ -152,7 +179,7 @@ def backward(
     center: bool,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients to x, y, and (1 or 2, C) to weight and bias.
+    """Gradients to x, y, and shares (P, 1 or 2, C) of those to weight and bias.
 
     Out, if given, is filled with RMSNorm's result, so that nobody has to keep it.
     """
@@ -161,15 +188,16 @@ def backward(
     dx = torch.empty_like(total)
     dy = None if y_dtype is None else torch.empty_like(total, dtype=y_dtype)
     block = power_of_2(c)
-    rows = max(1, TILE // block)
-    tiles = ceil_div(m, rows)
-    programs = num_programs(tiles, total.device, RESIDENT)
-    stages = 2 if tiles >= PIPELINED * programs else 1
+    tiles = m * block // LONG.tile
+    is_long = tiles >= LONG_TILES * num_programs(tiles, total.device, LONG.resident)
+    walk = LONG if is_long else SHORT
+    rows = max(1, walk.tile // block)
+    programs = num_programs(ceil_div(m, rows), total.device, walk.resident)
     share = total.new_empty(programs, 2 if center else 1, c, dtype=torch.float32)
     residual_norm_grad_kernel[(programs,)](
         total, keep, weight, dsum, dout, dx, dy, share, out, m, c, m // total.shape[0], eps,
         BM=rows, BC=block, HAS_DSUM=dsum is not None, HAS_Y=dy is not None,
-        HAS_KEEP=keep is not None, CENTER=center, WITH_OUT=out is not None, STAGES=stages,
-        num_warps=WARPS,
+        HAS_KEEP=keep is not None, CENTER=center, WITH_OUT=out is not None, STAGES=walk.stages,
+        num_warps=walk.warps,
     )  # fmt: skip
-    return dx, dy, sum_shares(share)
+    return dx, dy, share

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, power_of_2
+from mmvig.kernels.launch import kernel
 from mmvig.kernels.shares import sum_shares
 
 BC = 64  # channels a program
@@ -61,7 +62,7 @@ def load_resized(p, y, x, h, w, C, cols, mask, UP: tl.constexpr, DOWN: tl.conste
     return b_out
 
 
-@triton.jit
+@kernel(sizes=['H', 'W', 'h', 'w'])
 def resized_sum_kernel(
     p_x, p_tokens, p_y, p_bias, p_mean, p_var, p_weight, p_shift, p_out,
     x_b, t_b, y_b, blocks, H, W, h, w, C, eps,
@@ -96,7 +97,7 @@ def resized_sum_kernel(
     tl.store(p_out + at, b_out.to(p_out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel(sizes=['H', 'W', 'h', 'w'])
 def resized_sum_grad_kernel(
     p_dout, p_dtokens, p_share, d_b, blocks, H, W, h, w, C,
     UP: tl.constexpr, DOWN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
@@ -199,4 +200,4 @@ def backward(
         dout, dtokens, share, dout.stride(0), blocks, height, width, *hw, c,
         UP=ratio[0], DOWN=ratio[1], BM=TOKENS, BC=channels, HAS_BIAS=has_bias,
     )  # fmt: skip
-    return dtokens, None if share is None else sum_shares(share)
+    return dtokens, None if share is None else sum_shares(share)[0]

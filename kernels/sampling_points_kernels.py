@@ -5,16 +5,16 @@ logits (M, H, J), M = B * Q queries, are column blocks of a wider matrix.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, power_of_2
+from mmvig.kernels.launch import kernel
 
 TILE = 1024  # samples a program
 
 
-@triton.jit
+@kernel(sizes=['R', 'Q'])
 def sampling_points_kernel(
     p_offsets, p_logits, p_centers, p_pixel, p_locations, p_weights, R, Q, H, o_m, l_m,
     P: tl.constexpr, J: tl.constexpr, BR: tl.constexpr, BJ: tl.constexpr,
@@ -48,7 +48,7 @@ def sampling_points_kernel(
     tl.store(p_locations + rows[:, None] * (2 * J) + twice[None, :], b_locations, mask=mask_2)
 
 
-@triton.jit
+@kernel(sizes=['R'])
 def sampling_points_grad_kernel(
     p_weights, p_pixel, p_dlocations, p_dweights, p_doffsets, p_dlogits, R, H, d_m,
     P: tl.constexpr, J: tl.constexpr, BR: tl.constexpr, BJ: tl.constexpr,

@@ -3,19 +3,19 @@
 from collections.abc import Sequence
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.batch_norm_kernels import load_norm
 from mmvig.kernels.grid import ceil_div, num_programs, power_of_2
+from mmvig.kernels.launch import kernel
 
 MAX_K = 32  # numbers in a window, 9 times the input channels
 BM, MAX_BC, WARPS = 64, 64, 4
 RESIDENT = 4  # programs a multiprocessor, of which each takes several tiles of pixels
 
 
-@triton.jit
+@kernel(sizes=['tiles', 'B', 'H', 'W', 'OH', 'OW'])
 def stem_conv_kernel(
     p_x, p_weight, p_mean, p_var, p_scale, p_shift, p_out, tiles, B, H, W, OH, OW, C, eps,
     CIN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,

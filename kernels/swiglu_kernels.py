@@ -1,16 +1,16 @@
 """Triton kernels and launchers of `swiglu`; float32 inside, rounded once at the store."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, power_of_2
+from mmvig.kernels.launch import kernel
 
 TILE = 2048
 
 
-@triton.jit
+@kernel(sizes=['M'])
 def swiglu_kernel(p_x, p_out, M, F, stride, BF: tl.constexpr, BM: tl.constexpr):
     """out = silu(a) * b for rows [a, b] of x (M, 2 F); a program does a BM x BF tile of out."""
     cols = tl.program_id(1) * BF + tl.arange(0, BF)
@@ -24,7 +24,7 @@ def swiglu_kernel(p_x, p_out, M, F, stride, BF: tl.constexpr, BM: tl.constexpr):
     tl.store(p_out + at, b_out.to(p_out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel(sizes=['M'])
 def swiglu_grad_kernel(
     p_x, p_dout, p_dx, p_out, M, F, stride,
     BF: tl.constexpr, BM: tl.constexpr, WITH_OUT: tl.constexpr,

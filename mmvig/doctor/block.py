@@ -25,6 +25,11 @@ def _swiglu(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
     return [rand(2, 301, 2 * dims, dtype=dtype)]
 
 
+def _swiglu_product(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    weight = dims**-0.5 * rand(2 * (dims + dims // 2), dims, dtype=dtype)
+    return [rand(2, 301, dims, dtype=dtype), weight]
+
+
 def _rms_norm(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
     keep = torch.tensor([0.0, 1.25])
     stream = rand(2, 77, dims, dtype=FP32)
@@ -38,7 +43,7 @@ def _layer_norm(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
 
 def _many_tokens(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
     """So many that a program of the gradients loads the next tile while one is in work."""
-    tokens = 2_500_000 // power_of_2(dims)
+    tokens = 6_000_000 // power_of_2(dims)
     stream, branch = rand(2, tokens, dims, dtype=FP32), rand(2, tokens, dims, dtype=dtype)
     return [stream, branch, rand(dims, dtype=FP32), None, 1e-6, None, dtype]
 
@@ -137,6 +142,7 @@ def _patch_conv(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
 # Operator, and what makes its arguments, by the case's name.
 DRAW: dict[str, tuple[str, Callable[[Random, torch.dtype, int], Inputs]]] = {
     'swiglu': ('swiglu', _swiglu),
+    'swiglu_product': ('swiglu_product', _swiglu_product),
     'residual_norm, RMS': ('residual_norm', _rms_norm),
     'residual_norm, layer': ('residual_norm', _layer_norm),
     'residual_norm, many tokens': ('residual_norm', _many_tokens),

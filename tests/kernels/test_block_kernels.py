@@ -28,6 +28,7 @@ from mmvig.kernels import (  # noqa: E402
     sampling_points_kernels,
     stem_conv_kernels,
     swiglu_kernels,
+    swiglu_product_kernels,
 )
 from mmvig.kernels.shares import sum_rows, sum_shares  # noqa: E402
 
@@ -36,6 +37,7 @@ FP32 = torch.float32
 TOLERANCE = {FP32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = list(TOLERANCE) if GPU else list(TOLERANCE)[:2]
 dtypes = pytest.mark.parametrize('dtype', DTYPES, ids=str)
+halves = pytest.mark.parametrize('dtype', DTYPES[1:], ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +72,16 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype) 
         assert error < TOLERANCE[dtype], f'{name}: {error:.2e}'
 
 
+@halves
+@pytest.mark.parametrize(('rows', 'dims', 'features'), [(1, 16, 3), (150, 300, 140), (700, 64, 64)])
+def test_swiglu_product(rows: int, dims: int, features: int, dtype: torch.dtype) -> None:
+    x = rand(rows, dims + 3, dtype=dtype)[:, 3:]
+    weight = (dims**-0.5 * rand(2 * features, dims)).to(dtype)
+    out = swiglu_product_kernels.forward(x, weight)
+    expected = reference.swiglu_product(x.double(), weight.double())
+    assert_close({'out': out}, {'out': expected}, dtype)
+
+
 @dtypes
 @pytest.mark.parametrize(('rows', 'features'), [(1, 1), (33, 40), (5, 600)])
 def test_swiglu(rows: int, features: int, dtype: torch.dtype) -> None:
@@ -86,10 +98,15 @@ def test_swiglu(rows: int, features: int, dtype: torch.dtype) -> None:
 @dtypes
 @pytest.mark.parametrize('center', [False, True])
 @pytest.mark.parametrize('branch', ['none', 'plain', 'dropped'])
-@pytest.mark.parametrize(('samples', 'tokens', 'dims'), [(2, 37, 48), (3, 1, 5), (1, 200, 130)])
+@pytest.mark.parametrize(
+    ('samples', 'tokens', 'dims', 'long'),
+    [(2, 37, 48, 10), (3, 1, 5, 10), (1, 200, 130, 10), (2, 200, 130, 0)],
+)
 def test_residual_norm(
-    samples: int, tokens: int, dims: int, branch: str, center: bool, dtype: torch.dtype
-) -> None:
+    samples: int, tokens: int, dims: int, long: int, branch: str, center: bool,
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(residual_norm_kernels, 'LONG_TILES', long)
     shape = (samples, tokens, dims)
     x, weight, bias = rand(*shape), rand(dims), rand(dims) if center else None
     y = None if branch == 'none' else rand(*shape, dtype=dtype)
@@ -100,9 +117,10 @@ def test_residual_norm(
     dtotal, dout = rand(*shape), rand(*shape, dtype=dtype)
     y_dtype = None if y is None else dtype
     again = None if center else torch.empty_like(out)
-    dx, dy, dparams = residual_norm_kernels.backward(
+    dx, dy, share = residual_norm_kernels.backward(
         total, keep, weight, dtotal, dout, 1e-3, y_dtype, center, again
     )
+    dparams = share.sum(0)
     actual = dict(total=total, out=out, dx=dx, dweight=dparams[0])
     actual['again'] = out if center else again
     leaves = dict(x=x, y=y, weight=weight, bias=bias)
@@ -134,12 +152,11 @@ def test_gated_head_norm(
     weights, bias = (rand(dims), rand(dims)), rand(width) if with_bias else None
     out = gated_head_norm_kernels.forward(x, local, gate, bias, *weights, silu, 1e-3)
     again = torch.empty_like(out)
-    dx, dlocal, dgate, shares = gated_head_norm_kernels.backward(
+    dx, dlocal, dgate, dw, dbias = gated_head_norm_kernels.backward(
         x, local, gate, bias, *weights, dout, silu, 1e-3, again
     )
-    dw = shares[:2].sum(1)
-    actual = dict(out=out, again=again, dx=dx, dlocal=dlocal, dgate=dgate, dw=dw)
-    actual['dbias'] = shares[2].flatten()
+    actual = dict(out=out, again=again, dx=dx, dlocal=dlocal, dgate=dgate)
+    actual |= dict(dw=dw.sum(0), dbias=dbias.sum(0))
     bias = torch.zeros(width, device=DEVICE) if bias is None else bias
     leaves = double(x, local, gate, *weights, bias)
     out = reference.gated_head_norm(*leaves, silu, 1e-3)
@@ -166,7 +183,8 @@ def test_depthwise_conv(
     x, dout = (rand(samples, sum(h * w for h, w in shapes), dims, dtype=dtype) for _ in range(2))
     weight, bias = rand(dims, 1, 3, 3), rand(dims) if dims == 24 else None
     out = depthwise_conv_kernels.convolve(x, weight, bias, shapes, act)
-    dx, dparams = depthwise_conv_kernels.backward(x, weight, bias, dout, shapes, act, True)
+    dx, share = depthwise_conv_kernels.backward(x, weight, bias, dout, shapes, act, True)
+    dparams = share.sum(0)
     actual = dict(out=out, dx=dx, dweight=dparams[:, :9].reshape(weight.shape))
     leaves = dict(x=x, weight=weight, bias=bias)
     leaves = {k: double(v)[0] for k, v in leaves.items() if v is not None}
@@ -187,8 +205,9 @@ def test_log_gates(rows: int, dims: int, gates: torch.dtype, dtype: torch.dtype)
     fwd, bwd = log_gates_kernels.forward(low, weight, bias, gates)
     assert fwd.dtype == bwd.dtype == gates
     grads = [rand(rows, dims // 2, dtype=gates) for _ in range(2)]
-    dlow, shares = log_gates_kernels.backward(low, weight, bias, *grads)
-    actual = dict(out=torch.cat([fwd, bwd], 1), dlow=dlow, dweight=shares[:-1].t(), db=shares[-1])
+    dlow, share = log_gates_kernels.backward(low, weight, bias, *grads)
+    sums = share.sum(0)
+    actual = dict(out=torch.cat([fwd, bwd], 1), dlow=dlow, dweight=sums[:-1].t(), db=sums[-1])
     leaves = double(low, weight, bias)
     out = torch.cat(reference.log_gates(*leaves), 1)
     expected = torch.autograd.grad(out, leaves, torch.cat(grads, 1).double())
@@ -197,10 +216,14 @@ def test_log_gates(rows: int, dims: int, gates: torch.dtype, dtype: torch.dtype)
     assert_close(actual, dict(zip(names, (out, *expected), strict=True)), worst)
 
 
-@pytest.mark.parametrize('shape', [(1, 5), (3, 2, 1500), (300, 33)])
-def test_sum_shares(shape: tuple[int, ...]) -> None:
-    share = rand(*shape)
-    assert_close({'sum': sum_shares(share)}, {'sum': share.double().sum(0)}, FP32)
+SHARES = [(1, 5), (3, 2, 1500), (300, 33), (7, 1), (2, 32), (129, 64)]
+
+
+@pytest.mark.parametrize('shapes', [*([shape] for shape in SHARES), SHARES, SHARES[::-1][:3]])
+def test_sum_shares(shapes: list[tuple[int, ...]]) -> None:
+    shares = [rand(*shape) for shape in shapes]
+    actual = {str(x.shape): out for x, out in zip(shares, sum_shares(*shares), strict=True)}
+    assert_close(actual, {str(x.shape): x.double().sum(0) for x in shares}, FP32)
 
 
 @dtypes

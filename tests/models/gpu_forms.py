@@ -74,7 +74,7 @@ def test_same_as_on_the_cpu(build: Callable, monkeypatch: pytest.MonkeyPatch) ->
         # kernels that float32 has not
         (
             torch.float16, 1e-2,
-            [('finest_map_kernels', 'forward'), ('patch_conv_kernels', 'gather')],
+            [(m, 'forward') for m in ('finest_map_kernels', 'swiglu_product_kernels')],
         ),
     ],
     ids=str,
@@ -210,7 +210,8 @@ def note_launches(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
 
     others = [('batch_norm_kernels', way) for way in ('forward', 'backward')]
     others.append(('patch_conv_kernels', 'gather'))  # in half precision alone
-    others.append(('finest_map_kernels', 'forward'))  # in half precision, without gradients
+    # in half precision, without gradients
+    others += [(m, 'forward') for m in ('finest_map_kernels', 'swiglu_product_kernels')]
     for module, function in [*LAUNCHERS, *others]:
         kernels = importlib.import_module(f'mmvig.kernels.{module}')
         launch = getattr(kernels, function)

@@ -52,7 +52,9 @@ SIZES = {
     '224 px tiny': Size(256, (14, 14), 192, 3, 512),
     '224 px base': Size(256, (14, 14), 768, 12, 2048),
 }
-OPS = ('swiglu', 'residual_norm', 'gated_head_norm', 'depthwise_conv', 'log_gates')
+OPS = (
+    'swiglu', 'swiglu_product', 'residual_norm', 'gated_head_norm', 'depthwise_conv', 'log_gates',
+)  # fmt: skip
 ADAPTER_OPS = (
     'resized_sum', 'finest_map', 'batch_norm', 'sampling_points', 'stem_conv', 'patch_conv',
 )  # fmt: skip
@@ -69,6 +71,9 @@ def _draw(op: str, size: Size) -> tuple[list[Tensor], Callable[..., list]]:
     c = size.dims
     if op == 'swiglu':
         return [size.tokens(2 * size.hidden)], lambda x: [x]
+    if op == 'swiglu_product':  # with gradients a linear and `swiglu`
+        weight = (c**-0.5 * torch.randn(2 * size.hidden, c, device='cuda')).to(BF16)
+        return [size.tokens(c), weight.requires_grad_()], lambda *leaves: [*leaves]
     if op == 'residual_norm':
         leaves = [size.tokens(c, FP32), size.tokens(c), _weight(c)]
         return leaves, lambda x, y, w: [x, y, w, None, 1e-6, None, BF16]

@@ -19,11 +19,13 @@ from mmvig.kernels import (
     log_gates_kernels,
     residual_norm_kernels,
     swiglu_kernels,
+    swiglu_product,
 )
 from mmvig.kernels.depthwise_conv import launch as convolve
 from mmvig.kernels.depthwise_conv import launch_backward as convolve_backward
 from mmvig.kernels.log_gates import gate_dtype
 from mmvig.kernels.products import wide_product
+from mmvig.kernels.shares import sum_shares
 
 Function = torch.autograd.function.FunctionCtx
 
@@ -123,8 +125,9 @@ def forward(
     w: Weights,
     half: Cast,
     s: Settings,
-) -> tuple[Tensor, Tensor, Kept]:
-    """See `run`; also what the backward needs."""
+    keeps: bool,
+) -> tuple[Tensor, Tensor, Kept | None]:
+    """See `run`; also what the backward needs, if that is to be kept."""
     b, n, c = x.shape
     stream, normed = residual_norm_kernels.forward(
         x, y, keep, w.attn_norm, w.attn_norm_bias, s.eps[0], s.dtype
@@ -147,6 +150,9 @@ def forward(
         stream, branch, drop, w.mlp_norm, w.mlp_norm_bias, s.eps[1], s.dtype
     )
     mlp_normed = mlp_normed.view(-1, c)
+    if not keeps:
+        product = swiglu_product(mlp_normed, half.up)
+        return middle, torch.mm(product, half.down.t()).view(b, n, c), None
     hidden = torch.mm(mlp_normed, half.up.t())
     mlp_normed = None if w.mlp_norm_bias is None else mlp_normed
     branch = torch.mm(swiglu_kernels.forward(hidden), half.down.t()).view(b, n, c)
@@ -183,12 +189,12 @@ def backward(
     ddown = weight_grad(dy, product, wide)
     dnormed = torch.mm(dhidden, half.up)
     again = torch.empty_like(k.mixed) if k.mlp_normed is None else None
-    dmiddle, dbranch, dmlp_norm = residual_norm_kernels.backward(
+    dmiddle, dbranch, share_mlp_norm = residual_norm_kernels.backward(
         k.middle, drop, w.mlp_norm, dx, dnormed, s.eps[1], s.dtype, k.mlp_normed is not None, again
     )
     dup = weight_grad(dhidden, k.mlp_normed if again is None else again, wide)
     dbranch, blended = dbranch.view(-1, c), torch.empty_like(k.mixed)
-    dmixed, dlocal, dgate, dnorms = gated_head_norm_kernels.backward(
+    dmixed, dlocal, dgate, *share_gated = gated_head_norm_kernels.backward(
         k.mixed, k.local, k.into[:, 2 * c : 3 * c], w.gate_bias, w.g_norm, w.l_norm,
         torch.mm(dbranch, half.out), s.silu, s.eps[2], blended,
     )  # fmt: skip
@@ -198,7 +204,7 @@ def backward(
         *views, dmixed.view(views[2].shape), (c // 2 // s.num_heads) ** -0.5
     )
     low = k.into[:, 3 * c :]
-    dlow, dlog_gate = log_gates_kernels.backward(
+    dlow, share_log_gate = log_gates_kernels.backward(
         low, w.log_gate, w.log_gate_bias, dfwd.view(-1, c // 2), dbwd.view(-1, c // 2)
     )
     dinto = torch.cat(
@@ -207,19 +213,21 @@ def backward(
     dlocal.addmm_(dinto, half.into)
     dqkv, dgate_weight, dlow = weight_grad(dinto, k.local, wide).split([2 * c, c, low.shape[1]])
     dlocal = dlocal.view(k.stream.shape)
-    dnormed, dconv = convolve_backward(k.normed, w.conv, None, dlocal, s.hw, s.act, True)
-    dx, dy, dattn_norm = residual_norm_kernels.backward(
+    dnormed, share_conv = convolve_backward(k.normed, w.conv, None, dlocal, s.hw, s.act, True)
+    dx, dy, share_attn_norm = residual_norm_kernels.backward(
         k.stream, keep, w.attn_norm, dmiddle, dnormed, s.eps[0], y_dtype,
         w.attn_norm_bias is not None,
     )  # fmt: skip
-    dg_norm, dl_norm = dnorms[:2].sum(1)
+    dattn_norm, dconv, dlog_gate, (dg_norm, dl_norm), dgate_bias, dmlp_norm = sum_shares(
+        share_attn_norm, share_conv, share_log_gate, *share_gated, share_mlp_norm
+    )
     grads = Weights(
         attn_norm=dattn_norm[0],
         attn_norm_bias=None if w.attn_norm_bias is None else dattn_norm[1],
         conv=dconv[:, :9].reshape(w.conv.shape),
         qkv=dqkv,
         gate=dgate_weight,
-        gate_bias=dnorms[2].view(-1),
+        gate_bias=dgate_bias,
         low=dlow,
         log_gate=dlog_gate[:-1].t(),
         log_gate_bias=dlog_gate[-1],
@@ -248,7 +256,7 @@ class _Block(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         weights = Weights(*weights)
         half = cast(settings.dtype, *products(weights)) if half is None else half
-        middle, branch, kept = forward(x, y, keep, drop, weights, half, settings)
+        middle, branch, kept = forward(x, y, keep, drop, weights, half, settings, keeps=True)
         ctx.save_for_backward(keep, drop, *weights, *half, *kept)
         ctx.settings, ctx.y_dtype = settings, None if y is None else y.dtype
         ctx.set_materialize_grads(False)
@@ -300,4 +308,4 @@ def run(
     if torch.is_grad_enabled():
         return _Block.apply(x, y, keep, drop, settings, half, *weights)
     half = cast(settings.dtype, *products(weights)) if half is None else half
-    return forward(x, y, keep, drop, weights, half, settings)[:2]
+    return forward(x, y, keep, drop, weights, half, settings, keeps=False)[:2]

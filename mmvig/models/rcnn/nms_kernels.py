@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmvig.kernels.grid import ceil_div, power_of_2
+from mmvig.kernels.launch import kernel
+
 # Rows of the table that a program fills; one word is 32 boxes.
 _ROWS = 64
 _WORD = tl.constexpr(32)
@@ -20,21 +23,21 @@ _WORD = tl.constexpr(32)
 def greedy_nms(boxes: Tensor, valid: Tensor, iou_threshold: float) -> Tensor:
     """Which boxes are kept, (P, N), bool; arguments as of `boxes.suppress`, on a GPU."""
     groups, count, _ = boxes.shape
-    words = triton.cdiv(count, 32)
+    words = ceil_div(count, 32)
     worse = torch.empty(groups, words * 32, words, dtype=torch.int32, device=boxes.device)
     keep = torch.empty_like(valid)
     if not keep.numel():
         return keep
-    _overlap_kernel[(triton.cdiv(words * 32, _ROWS), words, groups)](
+    _overlap_kernel[(ceil_div(words * 32, _ROWS), words, groups)](
         boxes.contiguous(), worse, count, words, iou_threshold, ROWS=_ROWS, num_warps=2
     )
     _walk_kernel[(groups,)](
-        valid.contiguous(), worse, keep, count, words, triton.next_power_of_2(words), num_warps=1
+        valid.contiguous(), worse, keep, count, words, power_of_2(words), num_warps=1
     )
     return keep
 
 
-@triton.jit
+@kernel(sizes=['count', 'words'])
 def _overlap_kernel(p_boxes, p_worse, count, words, threshold, ROWS: tl.constexpr):
     """Bit j of word w of row i: whether box i is better than box 32 w + j and overlaps it.
 
@@ -59,7 +62,7 @@ def _overlap_kernel(p_boxes, p_worse, count, words, threshold, ROWS: tl.constexp
     tl.store(p_worse + row * words + tl.program_id(1), bits, mask=i < words * _WORD)
 
 
-@triton.jit
+@kernel(sizes=['count', 'words'])
 def _walk_kernel(p_valid, p_worse, p_keep, count, words, WORDS: tl.constexpr):
     """Keeps the best box that is left, drops what it overlaps, and so on, a word at a time.
 

@@ -1,0 +1,102 @@
+"""The decorator of kernels that are launched: `triton.jit` with launches that cost the host less.
+
+Triton looks at every argument of every launch to find what it has compiled, which takes the host
+twice as long as the launch itself; a training step of ViG-T and its adapter has 670 launches.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import triton
+from torch import Tensor, nn
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction
+
+TENSORS = (Tensor, nn.Parameter)
+ALIGNMENT = 16  # bytes; Triton compiles wide loads for pointers that have it
+INT32 = 31  # bits of the integers that are passed as such
+# where a profiler leaves what has to be called at every launch
+HOOKS = triton.knobs.runtime if hasattr(triton, 'knobs') else CompiledKernel
+
+
+def kernel(*, sizes: Sequence[str] = (), jit: Callable = triton.jit) -> Callable[[Callable], Any]:
+    """A decorator for kernels, launched as any of Triton's: `kernel[grid](*args, **constants)`.
+
+    Constants that go by keyword have the same order in every call.
+
+    Args:
+        sizes: Integer arguments that change with images and batches. What is compiled fits all
+            their values, where Triton would compile anew for 1 and for multiples of 16.
+        jit: `triton.jit` or Gluon's.
+
+    Raises:
+        ValueError: If the kernel has no such argument.
+    """
+
+    def decorate(function: Callable) -> Any:
+        for name in sizes:
+            if name not in inspect.signature(function).parameters:
+                raise ValueError(f'{function.__name__} has no argument {name!r}')
+        jitted = jit(do_not_specialize=list(sizes))(function)
+        # else interpreted or emulated
+        return Kernel(jitted, sizes) if isinstance(jitted, JITFunction) else jitted
+
+    return decorate
+
+
+class Kernel:
+    """A kernel, with what Triton has compiled of it by all that it was compiled for.
+
+    Those are the device, dtypes, constants, and integers other than sizes. Left to Triton are
+    tensors that are not aligned or on the CPU, which it refuses, sizes from 2^31 up, and launches
+    that a profiler wants to see.
+    """
+
+    def __init__(self, jitted: JITFunction, sizes: Sequence[str]) -> None:
+        self.jitted = jitted
+        self._is_size = [name in sizes for name in jitted.arg_names]
+        self._compiled: dict[tuple, tuple[CompiledKernel, tuple]] = {}  # and the constants
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        """The launch on a grid."""
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
+        key, values = [device, *constants.values()], []
+        addresses, integers, on_gpu = 0, 0, True
+        for arg, is_size in zip(args, self._is_size, strict=False):
+            if type(arg) in TENSORS:
+                key.append(arg.dtype)
+                on_gpu = on_gpu and arg.is_cuda
+                arg = arg.data_ptr()
+                addresses |= arg
+            elif is_size:
+                integers |= arg
+            else:  # a float is never compiled for its value
+                key.append(float if type(arg) is float else arg)
+            values.append(arg)
+        hook = HOOKS.launch_enter_hook
+        usual = on_gpu and not (addresses % ALIGNMENT or integers >> INT32)
+        if not usual or getattr(hook, 'calls', hook):
+            self.jitted[grid](*args, **constants)
+            return
+        key = tuple(key)
+        if key in self._compiled:
+            compiled, rest = self._compiled[key]
+            compiled.run(
+                *(*grid, 1, 1)[:3], driver.get_current_stream(device), compiled.function,
+                compiled.packed_metadata, None, None, None, *values, *rest,
+            )  # fmt: skip
+            return
+        compiled = self.jitted[grid](*args, **constants)
+        if driver.get_current_target().backend == 'cuda':  # others compile for more than the above
+            self._compiled[key] = compiled, self._rest(args, constants)
+
+    def _rest(self, args: tuple, constants: dict[str, Any]) -> tuple:
+        """Values of the arguments after `args`, in order."""
+        names = self.jitted.arg_names[len(args) :]
+        return tuple(constants[name] for name in names)

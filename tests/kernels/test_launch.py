@@ -1,0 +1,147 @@
+"""Kernels that are launched again are those that were compiled for such arguments."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip('triton')
+tl = triton.language
+
+from mmvig.kernels import launch, reference, swiglu_kernels  # noqa: E402
+from mmvig.kernels.launch import Kernel, kernel  # noqa: E402
+
+from .interpreter import GPU  # noqa: E402
+
+
+class OnGpu:
+    """In place of a tensor on a GPU."""
+
+    is_cuda = True
+
+    def __init__(self, x: Tensor) -> None:
+        self.dtype, self.data_ptr, self.x = x.dtype, x.data_ptr, x
+
+    @classmethod
+    def zeros(cls, n: int, dtype: torch.dtype = torch.float32) -> 'OnGpu':
+        return cls(torch.zeros(n, dtype=dtype))
+
+
+class Jitted:
+    """In place of Triton's function of a kernel (p_x, M, C, eps, BM, BC); notes what happens."""
+
+    arg_names = ('p_x', 'M', 'C', 'eps', 'BM', 'BC')
+
+    function, packed_metadata = 'function', 'metadata'
+
+    def __init__(self) -> None:
+        self.compiled, self.launched = [], []
+
+    def __getitem__(self, grid: tuple) -> object:
+        def compile_and_launch(*args: object, **constants: object) -> 'Jitted':
+            self.compiled.append((grid, args, constants))
+            return self
+
+        return compile_and_launch
+
+    def run(self, *args: object) -> None:
+        self.launched.append(args)
+
+
+@pytest.fixture
+def jitted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Jitted]:
+    current = SimpleNamespace(device=0, backend='cuda')
+    active = SimpleNamespace(
+        get_current_device=lambda: current.device,
+        get_current_stream=lambda device: 70 + device,
+        get_current_target=lambda: current,
+    )
+    runtime = SimpleNamespace(driver=SimpleNamespace(active=active))
+    monkeypatch.setattr(launch, 'triton', SimpleNamespace(runtime=runtime))
+    monkeypatch.setattr(launch, 'TENSORS', (Tensor, OnGpu))
+    jitted = Jitted()
+    jitted.current = current
+    yield jitted
+
+
+def test_a_second_launch_skips_triton(jitted: Jitted) -> None:
+    function, x = Kernel(jitted, ['M']), OnGpu.zeros(32)
+    function[(5,)](x, 7, 16, 1e-6, BM=2, BC=64, num_warps=4)
+    function[6, 2](x, 9, 16, 1e-5, BM=2, BC=64, num_warps=4)
+    assert jitted.compiled == [((5,), (x, 7, 16, 1e-6), dict(BM=2, BC=64, num_warps=4))]
+    launched = (6, 2, 1, 70, 'function', 'metadata', None, None, None)
+    assert jitted.launched == [(*launched, x.data_ptr(), 9, 16, 1e-5, 2, 64)]
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(x=OnGpu.zeros(32, torch.float16)),
+        dict(x=None),
+        dict(c=32),
+        dict(eps=1),
+        dict(bc=128),
+        dict(num_warps=8),
+        dict(device=1),
+    ],
+    ids=str,
+)
+def test_other_arguments_are_compiled_anew(jitted: Jitted, change: dict) -> None:
+    function = Kernel(jitted, ['M'])
+    base = dict(x=OnGpu.zeros(32), c=16, eps=1e-6, bc=64, num_warps=4, device=0)
+    for a in (base, base | change, base, base | change):
+        jitted.current.device = a['device']
+        function[(5,)](a['x'], 7, a['c'], a['eps'], BM=2, BC=a['bc'], num_warps=a['num_warps'])
+    assert len(jitted.compiled) == 2 and len(jitted.launched) == 2
+
+
+def test_what_triton_compiles_otherwise_is_left_to_it(jitted: Jitted) -> None:
+    function, x = Kernel(jitted, ['M']), OnGpu.zeros(33)
+    constants = dict(BM=2, BC=64)
+    function[(5,)](x, 7, 16, 1e-6, **constants)
+    for other in ((OnGpu(x.x[1:]), 7), (x.x, 7), (x, 2**31)):
+        for _ in range(2):
+            function[(5,)](*other, 16, 1e-6, **constants)
+    assert len(jitted.compiled) == 7 and not jitted.launched
+    jitted.current.backend = 'hip'
+    for _ in range(2):
+        function[(5,)](x, 7, 48, 1e-6, **constants)
+    assert len(jitted.compiled) == 9 and not jitted.launched
+
+
+@pytest.mark.parametrize('hook', [print, SimpleNamespace(calls=[print])])
+def test_a_profiler_sees_every_launch(
+    jitted: Jitted, hook: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, 'HOOKS', SimpleNamespace(launch_enter_hook=hook))
+    for _ in range(2):
+        Kernel(jitted, ['M'])[(5,)](OnGpu.zeros(32), 7, 16, 1e-6, BM=2, BC=64)
+    assert len(jitted.compiled) == 2 and not jitted.launched
+
+
+def test_sizes_are_arguments() -> None:
+    with pytest.raises(ValueError, match="add has no argument 'N'"):
+
+        @kernel(sizes=['M', 'N'])
+        def add(p_x, M):
+            pass
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason='needs a CUDA device')
+def test_launches_give_the_same_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of kernels compiled before, for other sizes, and of Triton's own launches."""
+    monkeypatch.setattr(swiglu_kernels.swiglu_kernel, '_compiled', {})
+
+    def check(x: Tensor) -> None:
+        out = swiglu_kernels.forward(x)
+        torch.testing.assert_close(out.double(), reference.swiglu(x.double()), rtol=1e-2, atol=1e-2)
+
+    for dtype in (torch.bfloat16, torch.float32):
+        for rows in (1, 16, 33, 4096):
+            check(torch.randn(rows, 192, device='cuda', dtype=dtype))
+            check(torch.randn(rows, 193, device='cuda', dtype=dtype)[:, 1:])  # not aligned
+            check(torch.randn(rows, 192, device='cuda', dtype=dtype, requires_grad=True).detach())
+    assert len(swiglu_kernels.swiglu_kernel._compiled) == 2
