@@ -22,9 +22,10 @@ demo: $(READY)
 	$(BIN)/python tools/image_demo.py 'data/shapes/img_dir/val/00001?.jpg' $(CONFIG) \
 	    "$$(cat $(DEMO)/last_checkpoint)" --score-thr 0.5 --out-dir demo_out
 
-# A file of tests stays in one process: its fixtures train and build what its tests share.
+# A file of tests stays in one process: its fixtures train and build what its tests share. Files
+# begin in the order of tests/conftest.py.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

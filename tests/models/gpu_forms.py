@@ -40,7 +40,11 @@ def small_adapter() -> nn.Module:
     """Two blocks, one an interaction, with heads that the kernels take."""
     trunk = dict(type='ViG', arch=dict(SMALL, embed_dims=64, num_heads=2, depth=2))
     return test_vit_adapter.small_adapter(
-        trunk=trunk, interaction_indexes=((0, 0), (1, 1)), norm_cfg=dict(type='BN')
+        trunk=trunk,
+        interaction_indexes=((0, 0), (1, 1)),
+        norm_cfg=dict(type='BN'),
+        deform_num_heads=2,
+        n_points=2,
     )
 
 
@@ -154,7 +158,7 @@ def test_patch_embedding_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_casts_ahead_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = small_adapter().eval(), torch.randn(1, 3, 32, 64)
+    model, x = small_adapter().eval(), torch.randn(1, 3, 32, 32)
     take_gpu_forms(monkeypatch)
     steps = []
     for _ in range(2):
