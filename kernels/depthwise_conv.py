@@ -5,12 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvig.kernels import reference
-from mmvig.kernels.dispatch import (
-    check_devices,
-    form,
-    refuse_second_derivative,
-    working_dtype,
-)
+from mmvig.kernels.dispatch import check_devices, form, refuse_second_derivative, run, working_dtype
 
 ACTIVATIONS = ('none', 'silu', 'gelu')
 MAX_MAPS = 3
@@ -54,7 +49,7 @@ def depthwise_conv(
     x = x.contiguous()
     sizes = [n for hw in shapes for n in hw]
     if way == 'eager':
-        return _Eager.apply(x, weight, bias, sizes, act)
+        return run(_Eager, launch, x, weight, bias, sizes, act)
     return torch.ops.mmvig.depthwise_conv(x, weight, bias, sizes, act)
 
 

@@ -6,9 +6,13 @@ launches the same kernels but saves the dispatcher's 13 microseconds forward and
 images are bound by the host's time, so that counts.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import Function
 
+Outputs = Tensor | tuple[Tensor, ...]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -20,6 +24,14 @@ def form(x: Tensor, *others: Tensor | None) -> str:
         if t is not None and t.dtype not in DTYPES:
             return 'plain'
     return 'registered' if torch.compiler.is_compiling() or stands_in(x) else 'eager'
+
+
+def run(function: type[Function], launch: Callable[..., Outputs], *args: object) -> Outputs:
+    """An eager call: the autograd function if gradients may be wanted, else what it launches.
+
+    The function alone takes the host as long as the launch.
+    """
+    return function.apply(*args) if torch.is_grad_enabled() else launch(*args)
 
 
 def stands_in(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmvig.kernels import ms_deform_attn_plain, reference
-from mmvig.kernels.dispatch import DTYPES, stands_in, working_dtype
+from mmvig.kernels.dispatch import DTYPES, run, stands_in, working_dtype
 
 MAX_HEAD_DIM = 256
 
@@ -56,7 +56,9 @@ def ms_deform_attn(
     _check(*args)
     if torch.compiler.is_compiling() or (value.is_cuda and stands_in(value)):
         return torch.ops.mmvig.ms_deform_attn(*args)
-    return _Eager.apply(*args) if _has_kernel(value, sampling_locations) else _plain(*args)
+    if not _has_kernel(value, sampling_locations):
+        return _plain(*args)
+    return run(_Eager, _launch, *args)
 
 
 def _check(
@@ -229,8 +231,11 @@ _backward.register_autograd(_refuse)
 class _Eager(torch.autograd.Function):
     """The kernels without the dispatcher, on the GPU."""
 
-    forward = staticmethod(_launch)
-    setup_context = staticmethod(_save)
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, *args: Tensor) -> Tensor:
+        out = _launch(*args)
+        _save(ctx, args, out)
+        return out
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:

@@ -4,12 +4,7 @@ import torch
 from torch import Tensor
 
 from mmvig.kernels import reference
-from mmvig.kernels.dispatch import (
-    check_devices,
-    form,
-    refuse_second_derivative,
-    working_dtype,
-)
+from mmvig.kernels.dispatch import check_devices, form, refuse_second_derivative, run, working_dtype
 
 
 def residual_norm(
@@ -49,8 +44,7 @@ def residual_norm(
     x = x.contiguous()
     y = None if y is None else y.contiguous()
     if way == 'eager':
-        total, out = _Eager.apply(x, y, weight, bias, eps, keep, dtype)
-        return total, out
+        return run(_Eager, _launch, x, y, weight, bias, eps, keep, dtype)
     total, out = torch.ops.mmvig.residual_norm(x, y, weight, bias, eps, keep, dtype)
     return (x if y is None else total), out
 

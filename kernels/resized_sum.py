@@ -5,12 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvig.kernels import reference
-from mmvig.kernels.dispatch import (
-    as_pixels,
-    check_devices,
-    form,
-    refuse_second_derivative,
-)
+from mmvig.kernels.dispatch import as_pixels, check_devices, form, refuse_second_derivative, run
 
 Norm = tuple[Tensor, Tensor, Tensor, Tensor]
 NO_NORM = (None, None, None, None)
@@ -55,7 +50,8 @@ def resized_sum(
     later = norm if norm is not None and torch.is_grad_enabled() else None
     x, tokens, y = (None if t is None else as_pixels(t) for t in (x, tokens, y))
     args = (x, tokens, y, bias, *(NO_NORM if norm is None or later else norm), eps, *ratio)
-    out = _Eager.apply(*args) if way == 'eager' else torch.ops.mmvig.resized_sum(*args)
+    is_eager = way == 'eager'
+    out = run(_Eager, _launch, *args) if is_eager else torch.ops.mmvig.resized_sum(*args)
     out = out.permute(0, 3, 1, 2)
     if later is None:
         return out

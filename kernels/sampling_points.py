@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mmvig.kernels import reference
-from mmvig.kernels.dispatch import check_devices, form
+from mmvig.kernels.dispatch import check_devices, form, run
 
 
 def sampling_points(
@@ -49,13 +49,23 @@ def sampling_points(
     has_kernel = form(offsets, logits) == 'eager' and offsets.dtype == logits.dtype
     if not has_kernel or centers.dtype != torch.float32:
         return reference.sampling_points(offsets, logits, table, heads)
-    return _Eager.apply(_spaced(offsets), _spaced(logits), centers, pixel, heads)
+    args = (_spaced(offsets), _spaced(logits), centers.contiguous(), pixel.contiguous(), heads)
+    return run(_Eager, _launch, *args)
 
 
 def _spaced(x: Tensor) -> Tensor:
     """With rows evenly spaced over the batch, copied only where they are not."""
     even = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
     return x if even else x.contiguous()
+
+
+def _launch(
+    offsets: Tensor, logits: Tensor, centers: Tensor, pixel: Tensor, heads: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    # Imported here since PyTorch builds for the CPU come without Triton.
+    from mmvig.kernels.sampling_points_kernels import forward
+
+    return forward(offsets, logits, centers, pixel, heads)
 
 
 class _Eager(torch.autograd.Function):
@@ -68,11 +78,7 @@ class _Eager(torch.autograd.Function):
         pixel: Tensor,
         heads: tuple[int, int, int],
     ) -> tuple[Tensor, Tensor]:
-        # Imported here since PyTorch builds for the CPU come without Triton.
-        from mmvig.kernels.sampling_points_kernels import forward
-
-        pixel = pixel.contiguous()
-        locations, weights = forward(offsets, logits, centers.contiguous(), pixel, heads)
+        locations, weights = _launch(offsets, logits, centers, pixel, heads)
         ctx.save_for_backward(weights, pixel)
         ctx.dtype = offsets.dtype
         return locations, weights

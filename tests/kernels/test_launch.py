@@ -78,8 +78,8 @@ def test_a_second_launch_skips_triton(jitted: Jitted) -> None:
 @pytest.mark.parametrize(
     'change',
     [
-        dict(x=OnGpu.zeros(32, torch.float16)),
-        dict(x=None),
+        dict(dtype=torch.float16),
+        dict(dtype=None),
         dict(c=32),
         dict(eps=1),
         dict(bc=128),
@@ -90,10 +90,11 @@ def test_a_second_launch_skips_triton(jitted: Jitted) -> None:
 )
 def test_other_arguments_are_compiled_anew(jitted: Jitted, change: dict) -> None:
     function = Kernel(jitted, ['M'])
-    base = dict(x=OnGpu.zeros(32), c=16, eps=1e-6, bc=64, num_warps=4, device=0)
+    base = dict(dtype=torch.float32, c=16, eps=1e-6, bc=64, num_warps=4, device=0)
     for a in (base, base | change, base, base | change):
         jitted.current.device = a['device']
-        function[(5,)](a['x'], 7, a['c'], a['eps'], BM=2, BC=a['bc'], num_warps=a['num_warps'])
+        x = None if a['dtype'] is None else OnGpu.zeros(32, a['dtype'])
+        function[(5,)](x, 7, a['c'], a['eps'], BM=2, BC=a['bc'], num_warps=a['num_warps'])
     assert len(jitted.compiled) == 2 and len(jitted.launched) == 2
 
 

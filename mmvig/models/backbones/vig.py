@@ -77,7 +77,7 @@ class ViGBlock(nn.Module):
         Returns:
             x, y and keep for the next block.
         """
-        drop, next_keep = draw_keep(x, self.drop_path), draw_keep(x, self.drop_path)
+        drop, next_keep = draw_keep(x, self.drop_path, branches=2)
         fused = self._fused(self, x, y, keep, drop, hw)
         if fused is not None:
             return *fused, next_keep

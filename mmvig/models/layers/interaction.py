@@ -111,7 +111,7 @@ class Extractor(nn.Module):
             out = self.attn.output_proj(self.attn.sample_at(value, points, pyramid, grid))
         total, normed = self.ffn_norm.add(total, out, None)
         out = self.ffn(normed, pyramid.shapes)
-        return Stream(total, out, draw_keep(total, self.drop_path))
+        return Stream(total, out, *draw_keep(total, self.drop_path, branches=1))
 
 
 class Interaction(nn.Module):

@@ -1,5 +1,6 @@
 """Norms over channels, also of the sum of a residual stream and a branch; batch norm."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,13 +45,14 @@ class LayerNorm(_Addable, nn.LayerNorm):
     """`nn.LayerNorm` over the last dim, with `add`."""
 
 
-def draw_keep(x: Tensor, drop_path: DropPath) -> Tensor | None:
-    """(B,): the factor of each sample that drop path draws; None where all are 1."""
+def draw_keep(x: Tensor, drop_path: DropPath, branches: int) -> Sequence[Tensor | None]:
+    """For each branch (B,): the factors of samples that drop path draws; None where all are 1."""
     if not drop_path.training or drop_path.drop_prob == 0.0:
-        return None
+        return [None] * branches
     keep = 1 - drop_path.drop_prob
-    factors = x.new_empty(x.shape[0], dtype=torch.float32).bernoulli_(keep)
-    return factors.div_(keep) if keep > 0 and drop_path.scale_by_keep else factors
+    factors = x.new_empty(branches, x.shape[0], dtype=torch.float32).bernoulli_(keep)
+    scales = keep > 0 and drop_path.scale_by_keep
+    return (factors.div_(keep) if scales else factors).unbind()
 
 
 def add(x: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
