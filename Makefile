@@ -8,6 +8,8 @@ DEMO := work_dirs/demo
 # OpenMP threads that wait for each other spin for some microseconds, then sleep: spinning longer
 # takes the cores that others need on a busy machine, sleeping at once costs two thirds more time.
 export GOMP_SPINCOUNT := 20000
+# Where Python may not keep what it has compiled, each start takes three times as long.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test lint env help
 .DEFAULT_GOAL := help
