@@ -17,6 +17,7 @@ from triton.runtime import JITFunction
 TENSORS = (Tensor, nn.Parameter)
 ALIGNMENT = 16  # bytes; Triton compiles wide loads for pointers that have it
 INT32 = 31  # bits of the integers that are passed as such
+MAX_COMPILED = 1024  # entries of a kernel; strides change with images, too
 # where a profiler leaves what has to be called at every launch
 HOOKS = triton.knobs.runtime if hasattr(triton, 'knobs') else CompiledKernel
 
@@ -94,6 +95,8 @@ class Kernel:
             return
         compiled = self.jitted[grid](*args, **constants)
         if driver.get_current_target().backend == 'cuda':  # others compile for more than the above
+            if len(self._compiled) >= MAX_COMPILED:
+                self._compiled.clear()
             self._compiled[key] = compiled, self._rest(args, constants)
 
     def _rest(self, args: tuple, constants: dict[str, Any]) -> tuple:

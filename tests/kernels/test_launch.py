@@ -98,6 +98,17 @@ def test_other_arguments_are_compiled_anew(jitted: Jitted, change: dict) -> None
     assert len(jitted.compiled) == 2 and len(jitted.launched) == 2
 
 
+def test_many_arguments_do_not_fill_the_memory(
+    jitted: Jitted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, 'MAX_COMPILED', 3)
+    function, x = Kernel(jitted, ['M']), OnGpu.zeros(32)
+    for c in (1, 2, 3, 4, 4):
+        function[(5,)](x, 7, c, 1e-6, BM=2, BC=64)
+        assert len(function._compiled) <= 3
+    assert len(jitted.compiled) == 4 and len(jitted.launched) == 1
+
+
 def test_what_triton_compiles_otherwise_is_left_to_it(jitted: Jitted) -> None:
     function, x = Kernel(jitted, ['M']), OnGpu.zeros(33)
     constants = dict(BM=2, BC=64)
