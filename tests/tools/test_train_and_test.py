@@ -70,12 +70,12 @@ def test_resume_goes_on(trained: Run, tmp_path: Path) -> None:
 
 
 NARROW = """
-arch = dict(embed_dims=48, depth=2, num_heads=3, mlp_dims=48, conv_act=True, out_act=True)
+arch = dict(embed_dims=48, depth=4, num_heads=3, mlp_dims=48, conv_act=True, out_act=True)
 model = dict(
     backbone=dict(
         trunk=dict(_delete_=True, type='ViG', arch=arch),
         deform_num_heads=4,
-        interaction_indexes=[(0, 0), (1, 1)],
+        interaction_indexes=[(0, 0), (1, 1), (2, 2), (3, 3)],
     ),
     decode_head=dict(in_channels=[48, 48, 48, 48]),
     auxiliary_head=dict(in_channels=48),
