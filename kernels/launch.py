@@ -18,8 +18,10 @@ TENSORS = (Tensor, nn.Parameter)
 ALIGNMENT = 16  # bytes; Triton compiles wide loads for pointers that have it
 INT32 = 31  # bits of the integers that are passed as such
 MAX_COMPILED = 1024  # entries of a kernel; strides change with images, too
+# Triton's whose compiled kernels are launched as below; in others it does so itself
+VERSIONS = ('3.4.', '3.5.', '3.6.', '3.7.', '3.8.')
 # where a profiler leaves what has to be called at every launch
-HOOKS = triton.knobs.runtime if hasattr(triton, 'knobs') else CompiledKernel
+HOOKS = triton.knobs.runtime if hasattr(triton, 'knobs') else None
 
 
 def kernel(*, sizes: Sequence[str] = (), jit: Callable = triton.jit) -> Callable[[Callable], Any]:
@@ -41,8 +43,9 @@ def kernel(*, sizes: Sequence[str] = (), jit: Callable = triton.jit) -> Callable
             if name not in inspect.signature(function).parameters:
                 raise ValueError(f'{function.__name__} has no argument {name!r}')
         jitted = jit(do_not_specialize=list(sizes))(function)
-        # else interpreted or emulated
-        return Kernel(jitted, sizes) if isinstance(jitted, JITFunction) else jitted
+        if not isinstance(jitted, JITFunction) or not triton.__version__.startswith(VERSIONS):
+            return jitted  # interpreted, emulated, or of another Triton
+        return Kernel(jitted, sizes)
 
     return decorate
 
