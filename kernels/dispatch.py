@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 Outputs = Tensor | tuple[Tensor, ...]
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (*HALVES, torch.float32)
 
 
 def form(x: Tensor, *others: Tensor | None) -> str:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvig.kernels import reference
-from mmvig.kernels.dispatch import as_pixels, check_devices, form
+from mmvig.kernels.dispatch import HALVES, as_pixels, check_devices, form
 from mmvig.kernels.resized_sum import Norm, resize_ratio, resized_sum
 
 
@@ -43,7 +43,7 @@ def finest_map(
     """
     _check(x, y, project, tokens, bias, norm)
     up, down = resize_ratio(y.shape, tokens.shape) or (0, 0)
-    half = x.dtype in (torch.bfloat16, torch.float16)
+    half = x.dtype in HALVES
     is_eager = form(x, tokens, bias, *norm) == 'eager' and not torch.is_grad_enabled()
     if not half or not is_eager or down != 1:
         pixels = reference.shuffle(x)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvig.kernels import reference
-from mmvig.kernels.dispatch import as_pixels, check_devices, form
+from mmvig.kernels.dispatch import HALVES, as_pixels, check_devices, form
 from mmvig.kernels.grid import ceil_div
 from mmvig.kernels.products import wide_product
 
@@ -52,7 +52,7 @@ def patch_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: in
 
 def has_kernel(x: Tensor) -> bool:
     """Whether a call with x runs as a product."""
-    half = x.dtype in (torch.bfloat16, torch.float16)
+    half = x.dtype in HALVES
     return half and form(x) == 'eager' and not (torch.is_grad_enabled() and x.requires_grad)
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvig.kernels import reference
-from mmvig.kernels.dispatch import as_pixels, check_devices, form
+from mmvig.kernels.dispatch import HALVES, as_pixels, check_devices, form
 from mmvig.kernels.resized_sum import NO_NORM, Norm
 
 MAX_CHANNELS = 3  # of the input, so that a window has at most 32 numbers
@@ -45,7 +45,7 @@ def stem_conv(
         if p is not None and p.shape != (weight.shape[0],):
             raise ValueError(f'{name} must be ({weight.shape[0]},), got {tuple(p.shape)}')
     check_devices(x, weight=weight, **params)
-    half = x.dtype in (torch.bfloat16, torch.float16) and x.shape[1] <= MAX_CHANNELS
+    half = x.dtype in HALVES and x.shape[1] <= MAX_CHANNELS
     wants_grad = torch.is_grad_enabled()
     if not half or form(x, weight, *params.values()) != 'eager' or (wants_grad and x.requires_grad):
         return reference.stem_conv(x, weight, norm, eps, relu)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmvig.kernels.dispatch import as_rows, check_devices, form
+from mmvig.kernels.dispatch import HALVES, as_rows, check_devices, form
 from mmvig.kernels.swiglu import swiglu
 
 
@@ -42,7 +42,7 @@ def swiglu_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _has_kernel(x: Tensor) -> bool:
-    half = x.dtype in (torch.bfloat16, torch.float16)
+    half = x.dtype in HALVES
     return half and form(x) == 'eager' and not torch.is_grad_enabled() and _is_fast(x.device)
 
 

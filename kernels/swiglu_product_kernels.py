@@ -11,8 +11,8 @@ from mmvig.kernels.launch import kernel
 BK = 64
 GROUP = 8  # row blocks whose tiles follow each other, so that they share the weights in L2
 NARROW = 256  # up to so many input channels the smaller tiles are faster
-TILES = {True: dict(BM=64, BF=64, STAGES=2, num_warps=4),
-         False: dict(BM=128, BF=128, STAGES=3, num_warps=8)}  # fmt: skip
+SMALL_TILES = dict(BM=64, BF=64, STAGES=2, num_warps=4)
+LARGE_TILES = dict(BM=128, BF=128, STAGES=3, num_warps=8)
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def forward(x: Tensor, weight: Tensor) -> Tensor:
     """(M, C), rows evenly spaced, and (2 F, C), contiguous, to (M, F); half precision."""
     (m, c), f = x.shape, weight.shape[0] // 2
     out = torch.empty(m, f, dtype=x.dtype, device=x.device)
-    tiles = TILES[c <= NARROW]
+    tiles = SMALL_TILES if c <= NARROW else LARGE_TILES
     swiglu_product_kernel[(ceil_div(m, tiles['BM']) * ceil_div(f, tiles['BF']),)](
         x, weight, out, m, x.stride(0), C=c, F=f, BK=BK, GROUP=GROUP, **tiles
     )

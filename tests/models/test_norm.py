@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from mmvig.models.layers.conv import Conv2d, fold_norm
-from mmvig.models.layers.norm import given_statistics, normalize_batch
+from mmvig.models.layers.norm import draw_keep, given_statistics, normalize_batch
 
 
 class Noted(nn.SyncBatchNorm):
@@ -89,3 +90,17 @@ def test_conv_norm_and_relu_in_one_call(dtype: torch.dtype) -> None:
         assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
         assert (out.float() - expected.relu()).norm() < 1e-2 * expected.relu().norm()
         norm.running_mean.add_(0.5)
+
+
+def test_drop_path_draws_for_each_branch() -> None:
+    x, drop_path = torch.empty(4000, 2, 3), DropPath(0.25).train()
+    branches = draw_keep(x, drop_path, branches=2)
+    both = torch.stack(list(branches))
+    torch.testing.assert_close(both.unique(), torch.tensor([0.0, 1 / 0.75]))
+    assert both.shape == (2, 4000)
+    torch.testing.assert_close(
+        (both == 0).float().mean(1), torch.full((2,), 0.25), rtol=0, atol=0.03
+    )
+    dropped_twice = (both == 0).all(0).float().mean().item()
+    assert abs(dropped_twice - 0.25**2) < 0.02
+    assert draw_keep(x, drop_path.eval(), branches=2) == [None, None]

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmvig.checkpoint import init_pretrained
 from mmvig.kernels import finest_map, resized_sum
-from mmvig.kernels.dispatch import form, working_dtype
+from mmvig.kernels.dispatch import HALVES, form, working_dtype
 from mmvig.models.layers.conv import PointConv2d
 from mmvig.models.layers.deform_attn import Levels, make_levels
 from mmvig.models.layers.embed import (
@@ -177,7 +177,7 @@ class ViTAdapter(BaseModule):
         """Whether `_finest` serves: in inference on a GPU, in half precision, nobody looking on."""
         if self.up is None or torch.is_grad_enabled() or form(x) != 'eager':
             return False
-        half = working_dtype(x) in (torch.bfloat16, torch.float16)
+        half = working_dtype(x) in HALVES
         own = type(self.up) is nn.ConvTranspose2d and type(self.spm.fc1) is PointConv2d
         watched = has_hooks(self.up) or has_hooks(self.spm.fc1)
         return half and own and not watched and given_statistics(self.norm1) is not None

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmvig.kernels import patch_conv
-from mmvig.kernels.dispatch import form, working_dtype
+from mmvig.kernels.dispatch import HALVES, form, working_dtype
 from mmvig.kernels.patch_conv import as_matrix, has_kernel, windows
 from mmvig.models.layers.kept import Kept, cast
 from mmvig.models.layers.linear import merged_linear, multiply
@@ -37,7 +37,7 @@ class Conv2d(nn.Conv2d):
 
     def folds_norm(self, x: Tensor) -> bool:
         """Whether `with_norm` serves: in inference on a GPU with cuDNN, in half precision."""
-        half = x.dtype in (torch.bfloat16, torch.float16)
+        half = x.dtype in HALVES
         if torch.is_grad_enabled() or not (half and x.is_cuda) or self.bias is not None:
             return False
         return form(x) == 'eager' and torch.version.hip is None and torch.backends.cudnn.enabled
