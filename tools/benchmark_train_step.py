@@ -61,7 +61,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--our-heads',
         action='store_true',
-        help="give mmdet's Mask R-CNN configs the heads, masks and optimizer of this project's",
+        help="give mmdet's Mask R-CNN configs the heads, masks, loader, hook of losses and fused "
+        "optimizer of this project's",
     )
     parser.add_argument(
         '--cuda-graph',
@@ -121,6 +122,8 @@ def use_our_heads(cfg: Config) -> None:
     heads.mask_head.type = 'PackedMaskHead'
     heads.bbox_roi_extractor.type = heads.mask_roi_extractor.type = 'Float32RoIExtractor'
     model.data_preprocessor.non_blocking = cfg.train_dataloader.pin_memory = True
+    cfg.train_dataloader.collate_fn = dict(type='one_buffer_collate')
+    cfg.default_hooks.early_losses = dict(type='EarlyLossHook')
     cfg.optim_wrapper.optimizer.fused = True
     pipeline = innermost_dataset(cfg).pipeline
     if not any(step['type'] == 'PackMasks' for step in pipeline):
@@ -151,7 +154,7 @@ class StepClock(Hook):
         data_batch: dict | None = None,
         outputs: dict | None = None,
     ) -> None:
-        """Called when the step is done and logged, which waits for the device."""
+        """Called when the step is logged; the device may still be at its backward pass."""
         self.after.get(len(self.ends) + 1, lambda: None)()
         self.ends.append(time.perf_counter())
 

@@ -7,11 +7,12 @@ are imported when a class is asked for, by name in a config or as `mmvig.dataset
 from mmengine.registry import DATASETS
 
 from mmvig.datasets.checks import check_data
+from mmvig.datasets.one_buffer import one_buffer_collate
 from mmvig.datasets.packed_masks import PackedMasks, PackMasks
 from mmvig.datasets.shapes_files import ShapesSpec, ensure_shapes
 from mmvig.on_demand import register_on_demand
 
-__all__ = ['PackMasks', 'PackedMasks', 'ShapesSpec', 'check_data', 'ensure_shapes']
+__all__ = ['PackMasks', 'PackedMasks', 'ShapesSpec', 'check_data', 'ensure_shapes', 'one_buffer_collate']
 
 __getattr__ = register_on_demand(
     DATASETS,

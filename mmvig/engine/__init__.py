@@ -4,12 +4,14 @@ from mmvig.engine.acceleration import CompileBackboneHook, CudaGraphHook
 from mmvig.engine.backbones import compile_backbone, find_backbone
 from mmvig.engine.channels import check_channels
 from mmvig.engine.cuda_graphs import CudaGraphs, use_cuda_graphs
+from mmvig.engine.early_losses import EarlyLossHook
 from mmvig.engine.layer_decay import LayerDecayOptimWrapperConstructor
 
 __all__ = [
     'CompileBackboneHook',
     'CudaGraphHook',
     'CudaGraphs',
+    'EarlyLossHook',
     'LayerDecayOptimWrapperConstructor',
     'check_channels',
     'compile_backbone',

@@ -4,6 +4,7 @@ custom_imports = dict(imports=['mmvig'], allow_failed_imports=False)
 default_scope = 'mmdet'
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
+    early_losses=dict(type='EarlyLossHook'),  # the host does not wait for the backward pass
     logger=dict(type='LoggerHook', interval=50),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=2, save_best='auto'),

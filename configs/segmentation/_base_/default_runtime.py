@@ -4,6 +4,7 @@ custom_imports = dict(imports=['mmvig'], allow_failed_imports=False)
 default_scope = 'mmseg'
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
+    early_losses=dict(type='EarlyLossHook'),  # the host does not wait for the backward pass
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(

@@ -136,7 +136,8 @@ class ViTAdapter(BaseModule):
         x = to_conv_input(pad_to_multiple(x, STRIDES[-1]))
 
         fuses = self._fuses_finest(x)
-        c1, *maps = self.spm(x, self.level_embed, project_finest=not fuses)
+        maps = list(self.spm(x, self.level_embed, project_finest=not fuses))
+        c1 = maps.pop(0)  # `c1, *maps = ...` makes a tuple under torch.compile of PyTorch 2.11
         pyramid = make_levels([(m.shape[2], m.shape[3]) for m in maps], x.device)
         # the pyramid's residual stream: float32, in inference in bfloat16 that, for half the bytes
         dtype = working_dtype(x)
