@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, num_programs, power_of_2
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 from mmvig.kernels.shares import sum_shares
 
 BC = 64  # channels a program
@@ -25,6 +25,7 @@ def batch_norm_stats_kernel(p_x, p_share, M, C, each, BM: tl.constexpr, BC: tl.c
 
     Sums are of distances from the program's first pixel, so that a large mean costs no digits.
     """
+    await_previous()
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     mask_c = cols < C
     begin = tl.program_id(0) * each
@@ -56,6 +57,7 @@ def batch_norm_finish_kernel(
 
     The running variance is the unbiased one. A program does BN channels.
     """
+    await_previous()
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     mask_c = cols < C
     b_mean = tl.zeros([BP, BN], tl.float32)
@@ -100,6 +102,7 @@ def batch_norm_apply_kernel(
     BM: tl.constexpr, BC: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """out = weight * (x - mean) / sqrt(var + eps) + bias, and ReLU; BM pixels, BC channels."""
+    await_previous()
     cols = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
     rows = tl.program_id(0) // blocks * BM + tl.arange(0, BM)
     mask_c = cols < C
@@ -123,6 +126,7 @@ def batch_norm_pool_kernel(
     Pixels of the window count from 0 to 8, row by row; the first of equal ones. A program does BM
     pixels of one image's result and BC channels.
     """
+    await_previous()
     cols = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
     rows = tl.program_id(0) // blocks * BM + tl.arange(0, BM)
     b = tl.program_id(1).to(tl.int64)
@@ -187,6 +191,7 @@ def batch_norm_sums_kernel(
 
     n is x normalized, g the gradient of weight * n + bias: sums of g n, and of g.
     """
+    await_previous()
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     mask_c = cols < C
     b_mean, b_rstd, b_weight, b_bias = load_norm(p_mean, p_var, p_weight, p_bias, cols, mask_c, eps)
@@ -216,6 +221,7 @@ def batch_norm_grad_kernel(
     BM: tl.constexpr, BC: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """dx = weight / std * (g - mean(g) - n mean(g n)), from the sums of g n and of g, (2, C)."""
+    await_previous()
     cols = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
     rows = tl.program_id(0) // blocks * BM + tl.arange(0, BM)
     mask_c = cols < C

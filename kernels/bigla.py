@@ -103,11 +103,12 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: floa
 
 
 def _launch_backward(
-    q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from mmvig.kernels.bigla_bwd import backward
 
-    return backward(*(_unit_stride(x) for x in (q, k, v, gf, gb, do)), scale)
+    return backward(*(_unit_stride(x) for x in (q, k, v, gf, gb, do)), scale, into=into)
 
 
 def compute(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float) -> Tensor:
@@ -124,6 +125,23 @@ def compute_backward(
     if _has_trusted_kernel(q, v, gf, gb, True):
         return _launch_backward(q, k, v, gf, gb, do, scale)
     return chunked_backward(q, k, v, gf, gb, do, scale)
+
+
+def compute_backward_into(
+    q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `compute_backward`, with dq, dk and dv written to `into`; returns the gates' gradients.
+
+    Tokens of `into` may lie apart, dq's and dk's equally far and those of a batch element after
+    those of the one before; a token's heads follow each other.
+    """
+    if _has_trusted_kernel(q, v, gf, gb, True):
+        return _launch_backward(q, k, v, gf, gb, do, scale, into)[3:]
+    *grads, dgf, dgb = chunked_backward(q, k, v, gf, gb, do, scale)
+    for to, grad in zip(into, grads, strict=True):
+        to.copy_(grad)
+    return dgf, dgb
 
 
 _forward = torch.library.custom_op('mmvig::bidirectional_gla', compute, mutates_args=())

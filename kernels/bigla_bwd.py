@@ -12,14 +12,15 @@ from torch import Tensor
 from mmvig.kernels import bigla_chunked
 from mmvig.kernels.bigla_bwd_chunks import backward_by_chunks
 from mmvig.kernels.bigla_bwd_looped import backward_looped
+from mmvig.kernels.bigla_bwd_outputs import Gradients, Into
 from mmvig.kernels.bigla_forms import SCALE, Form, Forms, everywhere, fits, in_gluon
 from mmvig.kernels.bigla_trust import NAMES, relative_errors
 
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float,
-    chunk: int | None = None, chunks: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    chunk: int | None = None, chunks: int | None = None, into: Into | None = None,
+) -> Gradients:  # fmt: skip
     """Launches the backward: gradients of q, k, v and both gates, each in its tensor's dtype.
 
     Args:
@@ -28,13 +29,14 @@ def backward(
         scale: Factor of q.
         chunk, chunks: Tokens of a chunk and chunks of a segment, where not as planned; the forms
             by chunks heed the latter only.
+        into: Where dq, dk and dv are written, and what is returned of them; contiguous if None.
     """
     inputs = (q, k, v, gf, gb, do)
     if q.is_cuda and fits(q, v, k, gf, gb, do):
         form = FORMS.fastest(q.device)
         if form is not None:
-            return form.launch(*inputs, scale, chunks=chunks)
-    return backward_looped(*inputs, scale, chunk, chunks)
+            return form.launch(*inputs, scale, chunks=chunks, into=into)
+    return backward_looped(*inputs, scale, chunk, chunks, into)
 
 
 def _measure(form: Form, args: list[Tensor], chunks: int) -> dict[str, float]:

@@ -15,6 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.bigla_bwd_looped import grad_kernel
+from mmvig.kernels.bigla_bwd_outputs import (
+    Gradients,
+    Into,
+    add_shares,
+    new_outputs,
+    row_strides,
+)
 from mmvig.kernels.bigla_bwd_states import entering_pair, local_states_kernel
 from mmvig.kernels.bigla_plan import make_plan
 from mmvig.kernels.bigla_tiles import (
@@ -27,7 +34,7 @@ from mmvig.kernels.bigla_tiles import (
     sum_tokens,
 )
 from mmvig.kernels.grid import ceil_div, multiprocessors
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 
 # Chunks of a segment, and of a sequence that is left in one piece.
 SEGMENT, ONE_SEGMENT = 8, 16
@@ -116,17 +123,19 @@ def chunk_grads_kernel(
     p_q, p_k, p_v, p_gf, p_gb, p_do, p_dq, p_dk, p_dv, p_dgf, p_dgb,
     p_local, p_reach, p_totals, p_states, p_upper, scale,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
-    do_b, do_n, do_h, B, N, H, n_segments, n_chunks, chunks,
+    do_b, do_n, do_h, dk_n, dv_n, B, N, H, n_segments, n_chunks, chunks,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     OP: tl.constexpr, PRECISION: tl.constexpr, HAS_STATES: tl.constexpr,
 ):  # fmt: skip
     """All five gradients of one chunk of one head. Program: (b, chunk, h) x V block.
 
     Inputs (B, N, H, K or V); states, and what goes with them, as `local_states_kernel` and the
-    scan leave them. dv (B, N, H, V); dq, dk, dgf, dgb (V blocks, B, N, H, K): each block's share.
-    Products accumulate in float32. Chunks whose decay exceeds `MAX_CHUNK_BITS` get nonsense, which
-    `grad_kernel`, in its exact form, overwrites.
+    scan leave them. dv (B, N, H, V); dq, dk, dgf, dgb (V blocks, B, N, H, K): each block's share. A
+    token's heads follow each other, and in dgf and dgb the tokens. Products accumulate in float32.
+    Chunks whose decay exceeds `MAX_CHUNK_BITS` get nonsense, which `grad_kernel`, in its exact
+    form, overwrites.
     """
+    await_previous()
     pid = tl.program_id(0)
     h = pid % H
     i_c = pid // H % n_chunks
@@ -170,9 +179,8 @@ def chunk_grads_kernel(
     # A zero unknown to the compiler, which otherwise rounds masked tiles element by element.
     zero = tl.minimum(N, 0).to(tl.float32)
     rows = tl.arange(0, C)
-    out = ((b * N + t) * H + h) * K
-    share = wide + tl.program_id(1)
-    out += share * tl.num_programs(0) // n_chunks * N * K
+    token = ((wide + tl.program_id(1)) * B + b) * N + t
+    out = (token * H + h) * K
     c, q_, k_ = factors(q, k, gf, upper, half_f, False)
     dq, dk, dg = direction_grads(
         c, q_, k_, v, do, s_f, ds_f, sds_f, upper, zero, C, BV, OP, PRECISION, False
@@ -191,14 +199,15 @@ def chunk_grads_kernel(
     a = tl.where(rows[:, None] >= rows[None, :], a, zero).to(OP)
     dv = tl.dot(a, do, dv, input_precision=PRECISION)
     dv = tl.dot(k_.to(OP), tl.trans(ds_b), dv, input_precision=PRECISION)
-    p_dv += ((b * N + t) * H + h) * V + v0
-    store_tile(p_dv, dv * scale, H * V, n, V - v0, C, BV, mask_v)
+    p_dv += (b * N + t) * dv_n + h * V + v0
+    store_tile(p_dv, dv * scale, dv_n, n, V - v0, C, BV, mask_v)
     dq_b, dk_b, dg = direction_grads(
         c, q_, k_, v, do, s_b, ds_b, sds_b, upper, -zero, C, BV, OP, PRECISION, True
     )
     store_tile(p_dgb + out, dg * scale, H * K, n, K, C, BK, mask_k)
-    store_tile(p_dq + out, (dq + dq_b) * scale, H * K, n, K, C, BK, mask_k)
-    store_tile(p_dk + out, (dk + dk_b) * scale, H * K, n, K, C, BK, mask_k)
+    out = token * dk_n + h * K
+    store_tile(p_dq + out, (dq + dq_b) * scale, dk_n, n, K, C, BK, mask_k)
+    store_tile(p_dk + out, (dk + dk_b) * scale, dk_n, n, K, C, BK, mask_k)
 
 
 def segment_length(n_chunks: int, heads: int, processors: int, resident: int = RESIDENT) -> int:
@@ -226,8 +235,8 @@ def half_bits(totals: Tensor, chunks: int) -> Tensor:
 
 def backward_by_chunks(
     q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float,
-    chunk: int | None = None, chunks: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    chunk: int | None = None, chunks: int | None = None, into: Into | None = None,
+) -> Gradients:  # fmt: skip
     """Launches the backward: gradients of q, k, v and both gates, each in its tensor's dtype.
 
     Args:
@@ -235,6 +244,7 @@ def backward_by_chunks(
             last dims contiguous.
         scale: Factor of q.
         chunk, chunks: Tokens of a chunk and chunks of a segment, where not those of the plan.
+        into: As of `bigla_bwd.backward`.
     """
     b, n, h, dk = q.shape
     dv = v.shape[-1]
@@ -258,25 +268,16 @@ def backward_by_chunks(
     )  # fmt: skip
     if several:
         scan_states(states, decays)
-    d_v = torch.empty_like(v, memory_format=torch.contiguous_format)
-    shares = [
-        q.new_empty(blocks, b, n, h, dk, dtype=x.dtype if blocks == 1 else torch.float32)
-        for x in (q, k, gf, gb)
-    ]
-    d_q, d_k, d_gf, d_gb = shares
-    outputs = (d_q, d_k, d_v, d_gf, d_gb)
+    outputs = new_outputs(inputs, blocks, into)
+    rows = row_strides(outputs)
     chunk_grads_kernel[b * h * n_chunks, blocks](
         *inputs, *outputs, local, reach, totals, states, upper, 0.5 * scale, *strides(*inputs),
-        b, n, h, n_segments, n_chunks, chunks, **dims, HAS_STATES=several,
+        *rows, b, n, h, n_segments, n_chunks, chunks, **dims, HAS_STATES=several,
         num_warps=4, num_stages=2,
     )  # fmt: skip
     grad_kernel[b * h, n_segments, blocks](
         *inputs, *outputs, states, half_bits(totals, chunks), local, 0.5 * scale,
-        *strides(*inputs), b, n, h, n_segments, n_chunks, chunks, **dims, HAS_STATES=several,
-        EXACT=True, **p.exact,
+        *strides(*inputs), *rows, b, n, h, n_segments, n_chunks, chunks, **dims,
+        HAS_STATES=several, EXACT=True, **p.exact,
     )  # fmt: skip
-    d_q, d_k, d_gf, d_gb = (
-        x[0] if blocks == 1 else x.sum(0).to(y.dtype)
-        for x, y in zip(shares, (q, k, gf, gb), strict=True)
-    )
-    return d_q, d_k, d_v, d_gf, d_gb
+    return add_shares(outputs, inputs, blocks, into)

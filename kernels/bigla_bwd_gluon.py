@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mmvig.kernels.bigla_bwd_chunks import segment_length
 from mmvig.kernels.bigla_bwd_gluon_states import states_kernel
 from mmvig.kernels.bigla_bwd_looped import grad_kernel
+from mmvig.kernels.bigla_bwd_outputs import Gradients, Into, new_outputs, row_strides
 from mmvig.kernels.bigla_gluon_tiles import (
     CHUNK,
     KEYS,
@@ -37,6 +38,7 @@ from mmvig.kernels.bigla_gluon_tiles import (
     C,
     K,
     V,
+    await_previous,
     copy_rows,
     held,
     held_pairs,
@@ -147,16 +149,19 @@ def grads_kernel(
     p_q, p_k, p_v, p_gf, p_gb, p_do, p_dq, p_dk, p_dv, p_dgf, p_dgb,
     p_local, p_reach, p_totals, p_states, p_weakest, p_upper, scale,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
-    do_b, do_n, do_h, B, N, H, n_segments, n_chunks, chunks, HAS_STATES: gl.constexpr,
+    do_b, do_n, do_h, dk_n, dv_n, B, N, H, n_segments, n_chunks, chunks,
+    HAS_STATES: gl.constexpr,
 ):  # fmt: skip
     """All five gradients of one chunk of one head. Program: (b, chunk, h); 4 warps.
 
     Inputs (B, N, H, K or V), bfloat16; states, and what goes with them, as `states_kernel` and the
-    scan leave them. dv (B, N, H, V), dq, dk, dgf, dgb (B, N, H, K), bfloat16, contiguous. Products
-    accumulate in float32. Chunks whose decay exceeds `MAX_CHUNK_BITS` get nonsense, which
-    `grad_kernel`, in its exact form, overwrites; it reads the last third of weakest (3, B*H,
-    segment), which is written here: of both directions, whose own the first two are.
+    scan leave them. dv (B, N, H, V), dq, dk, dgf, dgb (B, N, H, K), bfloat16; a token's heads
+    follow each other, and in dgf and dgb the tokens. Products accumulate in float32. Chunks whose
+    decay exceeds `MAX_CHUNK_BITS` get nonsense, which `grad_kernel`, in its exact form, overwrites;
+    it reads the last third of weakest (3, B*H, segment), which is written here: of both directions,
+    whose own the first two are.
     """
+    await_previous()
     pid = gl.program_id(0)
     h = pid % H
     i_c = pid // H % n_chunks
@@ -240,8 +245,9 @@ def grads_kernel(
     dk = held_pairs(((dk_f + dk_b) * scale).to(gl.bfloat16))
     dg = warpgroup_mma_wait(0, deps=[dg])
     write_rows((dg * scale).to(gl.bfloat16), s_gb, p_dgb + out, H * K, n, K)
-    write_rows(dq, s_q, p_dq + out, H * K, n, K)
-    write_rows(dk, s_k, p_dk + out, H * K, n, K)
+    out = (b * N + t) * dk_n + h * K
+    write_rows(dq, s_q, p_dq + out, dk_n, n, K)
+    write_rows(dk, s_k, p_dk + out, dk_n, n, K)
     # Row j gives, column i receives. q with its backward decays is where the gates were.
     a_f = warpgroup_mma(s_kf, s_qf.permute((1, 0)), nothing, use_acc=False, is_async=True)
     a_b = warpgroup_mma(s_kb, s_gf.permute((1, 0)), nothing, use_acc=False, is_async=True)
@@ -252,21 +258,22 @@ def grads_kernel(
     dv = warpgroup_mma(s_kf, s_dsf.permute((1, 0)), dv, is_async=True)
     dv = warpgroup_mma(s_kb, s_dsb.permute((1, 0)), dv, is_async=True)
     dv = warpgroup_mma_wait(0, deps=[dv])
-    p_dv += ((b * N + t) * H + h) * V
-    write_rows((dv * scale).to(gl.bfloat16), s_v, p_dv, H * V, n, V)
+    p_dv += (b * N + t) * dv_n + h * V
+    write_rows((dv * scale).to(gl.bfloat16), s_v, p_dv, dv_n, n, V)
 
 
 def backward_in_gluon(
     q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float,
-    chunks: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launches the backward: gradients of q, k, v and both gates, contiguous.
+    chunks: int | None = None, into: Into | None = None,
+) -> Gradients:  # fmt: skip
+    """Launches the backward: gradients of q, k, v and both gates.
 
     Args:
         q, k, v, gf, gb, do: As in `bidirectional_gla`, and the output's gradient, (B, N, H, V);
             bfloat16, key dim 32, value dim 64, rows aligned to 16 bytes and contiguous.
         scale: Factor of q.
         chunks: Chunks of a segment; as many as fill the device where None.
+        into: As of `bigla_bwd.backward`.
     """
     b, n, h, dk = q.shape
     dv = v.shape[-1]
@@ -292,16 +299,17 @@ def backward_in_gluon(
     )  # fmt: skip
     if several:
         scan_states(states, decays)
-    outputs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:5])
+    outputs = new_outputs(inputs, 1, into)
+    rows = row_strides(outputs)
     grads_kernel[(heads * n_chunks,)](
         *inputs, *outputs, local, reach, totals, states, weakest, upper, 0.5 * scale,
-        *strides(*inputs), b, n, h, n_segments, n_chunks, chunks, HAS_STATES=several,
+        *strides(*inputs), *rows, b, n, h, n_segments, n_chunks, chunks, HAS_STATES=several,
         num_warps=4, maxnreg=GRADS_REGISTERS,
     )  # fmt: skip
     p = make_plan(q, v, grads=True)
     # Segments with strong gates, the others return at once; `local` is free and serves as scratch.
     grad_kernel[heads, n_segments, 1](
-        *inputs, *outputs, states, weakest[2], local, 0.5 * scale, *strides(*inputs),
+        *inputs, *outputs, states, weakest[2], local, 0.5 * scale, *strides(*inputs), *rows,
         b, n, h, n_segments, n_chunks, chunks, K=dk, V=dv, BK=dk, BV=dv, C=CHUNK, OP=p.op,
         PRECISION=p.precision, HAS_STATES=several, EXACT=True, **p.exact,
     )  # fmt: skip

@@ -27,6 +27,7 @@ from mmvig.kernels.bigla_gluon_tiles import (
     C,
     K,
     V,
+    await_previous,
     copy_rows,
 )
 from mmvig.kernels.launch import kernel
@@ -58,6 +59,7 @@ def states_kernel(
     segment, K), float32. Beyond those weakest (direction, B*H, segment), float32: half the
     strongest decay of a chunk. Decays are in bits; products accumulate in float32.
     """
+    await_previous()
     pid = gl.program_id(0)
     flow = pid % 4
     h = pid // 4 % H

@@ -12,6 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmvig.kernels.bigla_bwd_outputs import (
+    Gradients,
+    Into,
+    add_shares,
+    new_outputs,
+    row_strides,
+)
 from mmvig.kernels.bigla_plan import make_plan
 from mmvig.kernels.bigla_tiles import (
     INTERPRETED,
@@ -33,7 +40,7 @@ from mmvig.kernels.bigla_tiles import (
     sum_tokens,
 )
 from mmvig.kernels.grid import ceil_div
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 
 
 @kernel(sizes=['N', 'H', 'segment', 'n_segments'])
@@ -45,6 +52,7 @@ def all_segment_states_kernel(
     OP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What each segment adds to all four states. Program: (head, segment, V block x 2 pairs)."""
+    await_previous()
     head = tl.program_id(0)
     b = (head // H).to(tl.int64)
     h = (head % H).to(tl.int64)
@@ -112,7 +120,7 @@ def exact_grads(
 @triton.jit
 def exact_chunk(
     q, k, v, do, gf, gb, s_f, s_b, ds_f, ds_b, p_k, p_gf, p_gb, p_dq, p_dk, p_dv,
-    k_n, gf_n, gb_n, H, n, v0, scale,
+    k_n, gf_n, gb_n, dk_n, dv_n, n, v0, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     OP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -133,13 +141,13 @@ def exact_chunk(
     dq_b += to_b * tl.dot(do, s_b.to(OP), input_precision=PRECISION)
     dk_f += from_f * tl.dot(v, ds_f.to(OP), input_precision=PRECISION)
     dk_b += from_b * tl.dot(v, ds_b.to(OP), input_precision=PRECISION)
-    store_tile(p_dq, (dq_f + dq_b) * scale, H * K, n, K, C, BK, BK != K)
-    store_tile(p_dk, (dk_f + dk_b) * scale, H * K, n, K, C, BK, BK != K)
+    store_tile(p_dq, (dq_f + dq_b) * scale, dk_n, n, K, C, BK, BK != K)
+    store_tile(p_dk, (dk_f + dk_b) * scale, dk_n, n, K, C, BK, BK != K)
     k_f = (k * from_f).to(OP)
     dv = tl.dot(a.to(OP), do, input_precision=PRECISION)
     dv = tl.dot(k_f, tl.trans(ds_f.to(OP)), dv, input_precision=PRECISION)
     dv = tl.dot((k * from_b).to(OP), tl.trans(ds_b.to(OP)), dv, input_precision=PRECISION)
-    store_tile(p_dv, dv * scale, H * V, n, V - v0, C, BV, V % BV != 0)
+    store_tile(p_dv, dv * scale, dv_n, n, V - v0, C, BV, V % BV != 0)
     s_f *= tl.exp2(2.0 * half_gates(gf, C, BV))
     s_f = tl.dot(tl.trans(v), k_f, s_f, input_precision=PRECISION)
     ds_b *= tl.exp2(2.0 * half_gates(gb, C, BV))
@@ -164,7 +172,7 @@ def grad_kernel(
     p_q, p_k, p_v, p_gf, p_gb, p_do, p_dq, p_dk, p_dv, p_dgf, p_dgb,
     p_states, p_weakest, p_stack, scale,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
-    do_b, do_n, do_h, B, N, H, n_segments, n_chunks, chunks,
+    do_b, do_n, do_h, dk_n, dv_n, B, N, H, n_segments, n_chunks, chunks,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     OP: tl.constexpr, PRECISION: tl.constexpr, HAS_STATES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +180,8 @@ def grad_kernel(
 
     Inputs as in `output_kernel`; states (4, B*H, segment, V, K) float32, those that enter each
     segment, flows as in `scan_states_kernel`; stack (2, B*H, chunk, V, K), scratch of dtype OP for
-    S_b and dS_f. dv (B, N, H, V); dq, dk, dgf, dgb (V blocks, B, N, H, K): each block's share.
+    S_b and dS_f. dv (B, N, H, V); dq, dk, dgf, dgb (V blocks, B, N, H, K): each block's share. A
+    token's heads follow each other, and in dgf and dgb the tokens.
     Walks the chunks right to left, stacking the states that flow left, then left to right with
     those that flow right in registers. Products accumulate in float32. Launched twice, as
     `output_kernel` is.
@@ -180,6 +189,7 @@ def grad_kernel(
     The gradient of the scores is formed in the two orientations that the products need, not by
     transposing a product: as a left operand that is miscompiled on Hopper by Triton 3.4 to 3.7.0.
     """
+    await_previous()
     head = tl.program_id(0)
     b = (head // H).to(tl.int64)
     h = (head % H).to(tl.int64)
@@ -194,12 +204,12 @@ def grad_kernel(
     p_gf += b * gf_b + h * gf_h
     p_gb += b * gb_b + h * gb_h
     p_do += b * do_b + h * do_h + v0
-    p_dv += (b * N * H + h) * V + v0
-    share = (((wide + tl.program_id(2)) * B + b) * N * H + h) * K
-    p_dq += share
-    p_dk += share
-    p_dgf += share
-    p_dgb += share
+    p_dv += b * N * dv_n + h * V + v0
+    token = ((wide + tl.program_id(2)) * B + b) * N
+    p_dq += token * dk_n + h * K
+    p_dk += token * dk_n + h * K
+    p_dgf += (token * H + h) * K
+    p_dgb += (token * H + h) * K
     stack = (wide + tl.num_programs(0)) * n_chunks * K * V
     mask_k: tl.constexpr = BK != K
     mask_v: tl.constexpr = V % BV != 0
@@ -274,8 +284,8 @@ def grad_kernel(
             ds_f = load_state(p_here + stack, K, V, v0, BK, BV).to(tl.float32)
             dc, dd, s_f, ds_b = exact_chunk(
                 q, k, v, do, gf, gb, s_f, s_b, ds_f, ds_b,
-                p_k + t * k_n, p_gf + t * gf_n, p_gb + t * gb_n, p_dq + t * H * K,
-                p_dk + t * H * K, p_dv + t * H * V, k_n, gf_n, gb_n, H, n, v0, scale,
+                p_k + t * k_n, p_gf + t * gf_n, p_gb + t * gb_n, p_dq + t * dk_n,
+                p_dk + t * dk_n, p_dv + t * dv_n, k_n, gf_n, gb_n, dk_n, dv_n, n, v0, scale,
                 K, V, C, BK, BV, OP, PRECISION,
             )  # fmt: skip
             # Sums over i >= t of dc, over i > t of -dd, and the gradients at the chunk's right end.
@@ -337,7 +347,7 @@ def grad_kernel(
         dv = tl.dot(a.to(OP), do, input_precision=PRECISION)
         dv = tl.dot(k_f, tl.trans(ds_f_op), dv, input_precision=PRECISION)
         dv = tl.dot(k_b_, tl.trans(ds_b_op), dv, input_precision=PRECISION)
-        store_tile(p_dv + t * H * V, dv * scale, H * V, n, V - v0, C, BV, mask_v)
+        store_tile(p_dv + t * dv_n, dv * scale, dv_n, n, V - v0, C, BV, mask_v)
         # Row i receives, column j gives.
         da = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         da_f = tl.where(rows[:, None] >= rows[None, :], da, zero).to(OP)
@@ -350,7 +360,7 @@ def grad_kernel(
         dq_b = tl.dot(da_b, k_b_, dq_b, input_precision=PRECISION)
         dq_b *= tl.exp2(sum_again(from_middle_b, gb, zero))
         dd = q * dq_b
-        store_tile(p_dq + t * H * K, (dq_f + dq_b) * scale, H * K, n, K, C, BK, mask_k)
+        store_tile(p_dq + t * dk_n, (dq_f + dq_b) * scale, dk_n, n, K, C, BK, mask_k)
         # Row j gives, column i receives.
         da = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         da_f = tl.where(rows[:, None] <= rows[None, :], da, zero).to(OP)
@@ -363,7 +373,7 @@ def grad_kernel(
         dk_b = tl.dot(da_b, q_b_, dk_b, input_precision=PRECISION)
         dk_b *= tl.exp2(-sum_again(from_middle_b, gb, -zero))
         dd -= k * dk_b
-        store_tile(p_dk + t * H * K, (dk_f + dk_b) * scale, H * K, n, K, C, BK, mask_k)
+        store_tile(p_dk + t * dk_n, (dk_f + dk_b) * scale, dk_n, n, K, C, BK, mask_k)
         end_f = (s_f * ds_f_in.to(tl.float32)).to(OP)
         end_b = (ds_b * s_b_in.to(tl.float32)).to(OP)
         p_next = p_stack + (wide + i_c + 1 - first) * K * V
@@ -380,8 +390,8 @@ def grad_kernel(
 
 def backward_looped(
     q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float,
-    chunk: int | None = None, chunks: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    chunk: int | None = None, chunks: int | None = None, into: Into | None = None,
+) -> Gradients:  # fmt: skip
     """Launches the backward; arguments and results as of `bigla_bwd.backward`."""
     b, n, h, dk = q.shape
     dv = v.shape[-1]
@@ -401,22 +411,11 @@ def backward_looped(
         )  # fmt: skip
         scan_states(states, decays)
     stack = q.new_empty(2, b * h, n_chunks, dv, dk, dtype=p.torch_op)
-    d_v = torch.empty_like(v, memory_format=torch.contiguous_format)
-    shares = [
-        torch.empty(
-            blocks, b, n, h, dk, device=q.device, dtype=x.dtype if blocks == 1 else torch.float32
-        )
-        for x in (q, k, gf, gb)
-    ]
-    d_q, d_k, d_gf, d_gb = shares
+    outputs = new_outputs(inputs, blocks, into)
     for exact in (False, True):
         grad_kernel[b * h, n_segments, blocks](
-            *inputs, d_q, d_k, d_v, d_gf, d_gb, states, weakest, stack, 0.5 * scale,
-            *strides(*inputs), b, n, h, n_segments, n_chunks, p.chunks, **dims,
+            *inputs, *outputs, states, weakest, stack, 0.5 * scale, *strides(*inputs),
+            *row_strides(outputs), b, n, h, n_segments, n_chunks, p.chunks, **dims,
             HAS_STATES=n_segments > 1, EXACT=exact, **(p.exact if exact else p.grad),
         )  # fmt: skip
-    d_q, d_k, d_gf, d_gb = (
-        x[0] if blocks == 1 else x.sum(0).to(y.dtype)
-        for x, y in zip(shares, (q, k, gf, gb), strict=True)
-    )
-    return d_q, d_k, d_v, d_gf, d_gb
+    return add_shares(outputs, inputs, blocks, into)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from mmvig.kernels.bigla_tiles import load_state, load_tile, store_state, sum_gates
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 
 
 @kernel(sizes=['N', 'H', 'n_chunks', 'n_segments', 'chunks'])
@@ -30,6 +30,7 @@ def local_states_kernel(
     (C, C): ones where the column is the row or right of it, a table for `chunk_grads_kernel`.
     Float32 except local and upper (bfloat16); decays in bits.
     """
+    await_previous()
     pid = tl.program_id(0)
     flow = pid % 4
     h = pid // 4 % H

@@ -132,8 +132,8 @@ def in_gluon(module: str, function: str) -> Form:
             return False
         return torch.cuda.get_device_capability(device)[0] == 9 and launcher() is not None
 
-    def launch(*args: Tensor | float, chunks: int | None = None) -> Tensor | tuple[Tensor, ...]:
-        return launcher()(*args, chunks=chunks)
+    def launch(*args: Tensor | float, **settings: object) -> Tensor | tuple[Tensor, ...]:
+        return launcher()(*args, **settings)
 
     return Form('in Gluon', available, launch)
 

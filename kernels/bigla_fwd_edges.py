@@ -30,7 +30,7 @@ from mmvig.kernels.bigla_fwd_tiles import (
 from mmvig.kernels.bigla_plan import make_plan
 from mmvig.kernels.bigla_tiles import half_gates, scan_gates, strides, sum_gates
 from mmvig.kernels.grid import ceil_div, multiprocessors
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 
 # Segments with a chunk that decays by more bits take the exact form.
 MAX_BITS = tl.constexpr(80.0)
@@ -59,6 +59,7 @@ def adds_kernel(
     (flow, B*H, segment, K) in bits, weakest (B*H, segment) the strongest decay of a chunk, float32;
     table as `weights` makes it. Products accumulate in float32.
     """
+    await_previous()
     head = tl.program_id(0)
     b = head // H
     h = head % H
@@ -145,6 +146,7 @@ def scan_kernel(
     Rightward ones go to (B*H, segment, V, K), leftward ones to the segment's last chunk in
     (B*H, chunk, V, K).
     """
+    await_previous()
     leftward = tl.program_id(1)
     head = tl.program_id(2)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -183,6 +185,7 @@ def out_kernel(
     weakest, as `adds_kernel` does. Segments whose chunks decay by more than MAX_BITS get nonsense,
     which `exact_kernel` overwrites. Program: (head, segment, V block); accumulation in float32.
     """
+    await_previous()
     head = tl.program_id(0)
     b = head // H
     h = head % H
@@ -280,6 +283,7 @@ def exact_kernel(
     OP: tl.constexpr, PRECISION: tl.constexpr, HAS_STATES: tl.constexpr,
 ):  # fmt: skip
     """As `out_kernel`, for the segments that are too strong for it; the others return at once."""
+    await_previous()
     head = tl.program_id(0)
     i_s = tl.program_id(1)
     slot = offset(head, n_segments) + i_s

@@ -36,6 +36,7 @@ from mmvig.kernels.bigla_gluon_tiles import (
     C,
     K,
     V,
+    await_previous,
     copy_rows,
     decayed,
     held,
@@ -90,6 +91,7 @@ def out_kernel(
     that flow left, then left to right it does the rest. Without states (`HAS_STATES`) the sequence
     is one segment, and stays in shared memory. Products accumulate in float32.
     """
+    await_previous()
     SPACES: gl.constexpr = 2 if HAS_STATES else 4
     pid = gl.program_id(0)
     h = pid % H

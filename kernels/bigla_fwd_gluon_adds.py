@@ -22,6 +22,7 @@ from mmvig.kernels.bigla_gluon_tiles import (
     C,
     K,
     V,
+    await_previous,
     copy_rows,
     decayed,
     held,
@@ -55,6 +56,7 @@ def adds_kernel(
     B*H, segment, K) in bits and weakest (B*H, segment), the strongest decay of a chunk, float32;
     ahead (C, C) ones below the diagonal, bfloat16. Products accumulate in float32.
     """
+    await_previous()
     pid = gl.program_id(0)
     h = pid % H
     i_s = pid // H % n_segments

@@ -27,7 +27,7 @@ from mmvig.kernels.bigla_tiles import (
     sum_gates,
 )
 from mmvig.kernels.grid import ceil_div
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 
 
 @kernel(sizes=['N', 'H', 'segment', 'n_segments'])
@@ -39,6 +39,7 @@ def segment_states_kernel(
     OP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What each segment adds to S_f and S_b, and its decays. Program: (head, segment, V block)."""
+    await_previous()
     head = tl.program_id(0)
     b = (head // H).to(tl.int64)
     h = (head % H).to(tl.int64)
@@ -105,6 +106,7 @@ def output_kernel(
     the others, whose programs alone do more than look at `weakest` (B*H, segment): half the
     strongest decay of a chunk, in bits, which the first launch finds if there are no states.
     """
+    await_previous()
     head = tl.program_id(0)
     b = (head // H).to(tl.int64)
     h = (head % H).to(tl.int64)

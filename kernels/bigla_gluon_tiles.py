@@ -24,6 +24,13 @@ WIDE = gl.constexpr(gl.NVMMASharedLayout(128, 16))
 
 
 @gluon.jit
+def await_previous():
+    """As in `launch.py`."""
+    wait: gl.constexpr = 'griddepcontrol.wait; // $0'
+    gl.inline_asm_elementwise(wait, '=r', [], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def copy_rows(to, p, stride, n, D: gl.constexpr, z=0):
     """Starts the copy of rows 0..64 of (n, D) at p to shared memory; zeros beyond n rows.
 

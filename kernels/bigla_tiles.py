@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 
 # The interpreter has no products of bfloat16.
 INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
@@ -218,6 +218,7 @@ def scan_states_kernel(
     states (flow, B*H, segment, V, K) and decays (direction, B*H, segment, K), float32, contiguous;
     flows are S_f, S_b, dS_b, dS_f. One program scans `BLOCK` elements of one flow of one head.
     """
+    await_previous()
     flow = tl.program_id(1).to(tl.int64)
     head = tl.program_id(2).to(tl.int64)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

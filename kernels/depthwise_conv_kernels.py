@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, multiprocessors
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 
 MAX_MAPS = 3
 BW = 8
@@ -110,6 +110,7 @@ def convolve_kernel(
 
     Grid: (tiles of all maps, blocks of channels, B).
     """
+    await_previous()
     H, W, start, first, col = find_map(tl.program_id(0), rows, H0, W0, H1, W1, H2, W2, BW)
     channels = tl.program_id(1) * BC + tl.arange(0, BC)
     cols = col + tl.arange(0, BW)
@@ -151,6 +152,7 @@ def weight_grad_kernel(
     With an activation the conv is computed again, and dpre, the gradient to its result, written.
     Grid as `convolve_kernel`'s.
     """
+    await_previous()
     H, W, start, first, col = find_map(tl.program_id(0), rows, H0, W0, H1, W1, H2, W2, BW)
     channels = tl.program_id(1) * BC + tl.arange(0, BC)
     cols = col + tl.arange(0, BW)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmvig.kernels.batch_norm_kernels import load_norm
 from mmvig.kernels.grid import ceil_div, num_programs, power_of_2
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 from mmvig.kernels.resized_sum_kernels import load_resized
 
 BC = 64  # channels a program
@@ -29,6 +29,7 @@ def finest_map_kernel(
     tokens (B, h, w, C), out (B, H, W, C). A program does BC channels of each so many-th tile of BM
     pixels, of `tiles` an image; those of other channels of the same pixels come next.
     """
+    await_previous()
     cols = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
     mask_c = cols < C
     k = tl.arange(0, BK)

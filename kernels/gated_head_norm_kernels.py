@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, num_programs, power_of_2
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 
 TILE = 2048
 
@@ -29,6 +29,7 @@ def gated_head_norm_kernel(
     BM: tl.constexpr, BV: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """out = s wx norm(x) + (1 - s) wl norm(local), s = sigmoid(gate + bias); SiLU of it if SILU."""
+    await_previous()
     head = tl.program_id(1) * V
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     cols = tl.arange(0, BV)
@@ -53,17 +54,18 @@ def gated_head_norm_kernel(
 @kernel(sizes=['M'])
 def gated_head_norm_grad_kernel(
     p_x, p_local, p_gate, p_bias, p_wx, p_wl, p_dout, p_dx, p_dlocal, p_dgate, p_dw, p_db, p_out,
-    M, V, x_m, local_m, gate_m, dout_m, eps,
+    M, V, x_m, local_m, gate_m, dout_m, dgate_m, eps,
     BM: tl.constexpr, BV: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
     WITH_OUT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients to x, local and gate, contiguous, and shares of those to the two weights and bias.
+    """Gradients to x, local and gate, and shares of those to the two weights and bias.
 
-    And the forward's result, contiguous, if WITH_OUT.
+    And the forward's result, if WITH_OUT. All but gate's are contiguous.
 
     Program (p, h) takes each num_programs-th tile of head h; shares are (programs, H, 2, V) of the
     weights and (programs, H, V) of the bias.
     """
+    await_previous()
     head = tl.program_id(1) * V
     width = tl.num_programs(1) * V
     cols = tl.arange(0, BV)
@@ -99,7 +101,7 @@ def gated_head_norm_grad_kernel(
         b_ds = b_d * b_s
         b_dl = b_d - b_ds
         b_dgate = b_ds * (1 - b_s) * b_difference
-        tl.store(p_dgate + at, b_dgate.to(p_dgate.dtype.element_ty), mask=mask)
+        tl.store(p_dgate + b_row * dgate_m + b_col, b_dgate.to(p_dgate.dtype.element_ty), mask=mask)
         b_dbias += b_dgate
         b_dwx += b_ds * b_x
         b_dwl += b_dl * b_l
@@ -153,13 +155,16 @@ def backward(
     silu: bool,
     eps: float,
     out: Tensor | None = None,
+    dgate: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients to x, local, gate, contiguous; shares (P * H, 2, V) to weights, (P, H * V) to bias.
+    """Gradients to x, local, gate; shares (P * H, 2, V) to the weights, (P, H * V) to the bias.
 
-    Out (M, H * V), if given, is filled with the forward's result, so that nobody has to keep it.
+    Contiguous, but for dgate, which may be given, with rows of any stride. Out (M, H * V), if
+    given, is filled with the forward's result, so that nobody has to keep it.
     """
     (m, c), v = x.shape, weight_x.shape[0]
-    grads = [t.new_empty(m, c) for t in (x, local, gate)]
+    dgate = gate.new_empty(m, c) if dgate is None else dgate
+    grads = (x.new_empty(m, c), local.new_empty(m, c), dgate)
     tile = _tile(v)
     heads = c // v
     programs = num_programs(ceil_div(m, tile['BM']), x.device, max(1, 6 // heads))
@@ -167,7 +172,7 @@ def backward(
     db = torch.empty(programs, c, dtype=torch.float32, device=x.device)
     gated_head_norm_grad_kernel[(programs, heads)](
         x, local, gate, bias, weight_x, weight_local, dout, *grads, dw, db, out, m, v,
-        x.stride(0), local.stride(0), gate.stride(0), dout.stride(0), eps,
+        x.stride(0), local.stride(0), gate.stride(0), dout.stride(0), dgate.stride(0), eps,
         **tile, HAS_BIAS=bias is not None, SILU=silu, WITH_OUT=out is not None,
     )  # fmt: skip
     return (*grads, dw, db)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, num_programs, power_of_2
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 from mmvig.kernels.shares import sum_shares
 
 NORMALIZER = tl.constexpr(16)
@@ -41,6 +41,7 @@ def log_gates_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of tokens, 2, blocks of the channels of a direction)."""
+    await_previous()
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     cols = tl.program_id(2) * BC + tl.arange(0, BC)
     mask_m, mask_c = rows < M, cols < HALF
@@ -68,6 +69,7 @@ def log_gates_grad_kernel(
     Those to weight and bias are (programs 0, R + 1, C), the bias last. Program (p, d, c) takes each
     num_programs-th tile of tokens.
     """
+    await_previous()
     direction = tl.program_id(1)
     cols = tl.program_id(2) * BC + tl.arange(0, BC)
     ranks = tl.arange(0, R)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, power_of_2
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 from mmvig.kernels.ms_deform_attn_fwd import load_level, load_location, to_pixels
 
 BLOCK = 256
@@ -50,6 +50,7 @@ def bin_kernel(
     With COUNT also counts the samples of bin i in counts[i + 1]. Bin: (b * H + h) * S + token.
     Program: BLOCK of the n = Q * H * L * P samples of one batch element.
     """
+    await_previous()
     b = (tl.program_id(0) // n_blocks).to(tl.int64)
     i = tl.program_id(0) % n_blocks * BLOCK + tl.arange(0, BLOCK)
     x, y, near, h, which, token = load_samples(
@@ -73,6 +74,7 @@ def fill_kernel(
     COUNTED: places as counted by `bin_kernel`, relative to first[bin], and programs as there. Else
     places is the order of the samples: record r is that of sample places[r].
     """
+    await_previous()
     if COUNTED:
         b = (tl.program_id(0) // n_blocks).to(tl.int64)
         i = tl.program_id(0) % n_blocks * BLOCK + tl.arange(0, BLOCK)
@@ -127,6 +129,7 @@ def gather_kernel(
     channels of T tokens of one head, R records at a time, as a product of a (T, R) tile of weights,
     rounded to the dtype of do, and an (R, BD) tile of do, in float32.
     """
+    await_previous()
     # The last levels are the smallest, with the longest bins: their programs start first, in all
     # heads of a batch element, so that none of them is left alone at the end.
     rest = tl.program_id(0) % (n_blocks * H)

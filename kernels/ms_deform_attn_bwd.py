@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 from mmvig.kernels.ms_deform_attn_bins import value_gradient
 from mmvig.kernels.ms_deform_attn_fwd import (
     block_sizes,
@@ -42,6 +42,7 @@ def points_kernel(
     Tensors and programs as in `ms_deform_attn_kernel`, do (B, Q, H, D) contiguous; products and
     sums in float32. The four products do . corner give all three numbers of a sample.
     """
+    await_previous()
     head = tl.program_id(0) // n_blocks
     b = (head // H).to(tl.int64)
     h = head % H

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, power_of_2
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 
 
 @triton.jit
@@ -106,6 +106,7 @@ def ms_deform_attn_kernel(
     queries of one head in float32; UNROLL divides P. Programs of a head follow each other, so that
     those at work together read the same few maps, which then stay in the L2 cache.
     """
+    await_previous()
     head = tl.program_id(0) // n_blocks
     b = (head // H).to(tl.int64)
     h = head % H

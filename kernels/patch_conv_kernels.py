@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, power_of_2
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 
 BM, MAX_BK, WARPS = 16, 256, 4
 
@@ -19,6 +19,7 @@ def patch_windows_kernel(
 
     x is (B, H, W, CIN), contiguous. A program does BM windows and BK of their numbers.
     """
+    await_previous()
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BK + tl.arange(0, BK)
     channel = cols // (KH * KW)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, num_programs, power_of_2
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 
 TILE, WARPS = 4096, 8  # elements of a tile of the forward
 
@@ -65,6 +65,7 @@ def residual_norm_kernel(
     CENTER: tl.constexpr,
 ):  # fmt: skip
     """sum = x + keep * y, out = weight * normalize(sum) + bias; one program does BM rows."""
+    await_previous()
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     cols = tl.arange(0, BC)
     mask_c = (cols < C)[None, :]
@@ -98,6 +99,7 @@ def residual_norm_grad_kernel(
     Every program takes each num_programs-th tile of BM rows; shares are (programs, 2, C), the
     second of the two without CENTER left out.
     """
+    await_previous()
     cols = tl.arange(0, BC)
     mask_c = (cols < C)[None, :]
     b_weight = tl.load(p_weight + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, power_of_2
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 from mmvig.kernels.shares import sum_shares
 
 BC = 64  # channels a program
@@ -74,6 +74,7 @@ def resized_sum_kernel(
     A program does BM pixels of an image and BC channels; those of other channels of the same pixels
     come next, so that together they read whole rows of memory.
     """
+    await_previous()
     cols = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
     rows = tl.program_id(0) // blocks * BM + tl.arange(0, BM)
     b = tl.program_id(1).to(tl.int64)
@@ -109,6 +110,7 @@ def resized_sum_grad_kernel(
     tokens is its share of the gradient of the bias, (programs, C). A program does BM tokens and BC
     channels.
     """
+    await_previous()
     cols = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
     tile = tl.program_id(0) // blocks
     rows = tile * BM + tl.arange(0, BM)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, power_of_2
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 
 TILE = 1024  # samples a program
 
@@ -23,6 +23,7 @@ def sampling_points_kernel(
 
     Centers (Q, 2) and pixels (L, 2), locations (R, J, 2), weights (R, J). A program does BR rows.
     """
+    await_previous()
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     mask_r = (rows < R)[:, None]
     m = (rows // H).to(tl.int64)
@@ -54,6 +55,7 @@ def sampling_points_grad_kernel(
     P: tl.constexpr, J: tl.constexpr, BR: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     """doffset = dlocation * pixel, dlogit = w (dw - sum of w dw); both of rows d_m apart."""
+    await_previous()
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     mask_r = (rows < R)[:, None]
     m = (rows // H).to(tl.int64)

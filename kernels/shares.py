@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, num_programs, power_of_2
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 
 MOST = 6  # tensors of one launch
 TILE = 4096  # numbers that a program has in flight
@@ -40,6 +40,7 @@ def sum_kernel(
 
     A program does BN columns of one of them.
     """
+    await_previous()
     i = tl.program_id(0)
     at, p, P, N = i * 0, p_0, P0, N0
     if COUNT > 1:
@@ -84,6 +85,7 @@ def sum_shares(*shares: Tensor) -> list[Tensor]:
 @kernel(sizes=['M', 'each'])
 def rows_kernel(p_x, p_share, M, N, stride, each, BM: tl.constexpr, BN: tl.constexpr):
     """Share (P, N) of the sum of x (M, N) over M, float32: `each` rows, BN columns a program."""
+    await_previous()
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     b_sum = tl.zeros([BM, BN], tl.float32)
     begin = tl.program_id(0) * each

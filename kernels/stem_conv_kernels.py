@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmvig.kernels.batch_norm_kernels import load_norm
 from mmvig.kernels.grid import ceil_div, num_programs, power_of_2
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 
 MAX_K = 32  # numbers in a window, 9 times the input channels
 BM, MAX_BC, WARPS = 64, 64, 4
@@ -27,6 +27,7 @@ def stem_conv_kernel(
     channels of each so many-th tile of BM pixels, of `tiles` an image: it gathers their windows,
     BK >= 9 CIN numbers each, and multiplies them with the weights, both in the dtype of x.
     """
+    await_previous()
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     mask_c = cols < C
     k = tl.arange(0, BK)

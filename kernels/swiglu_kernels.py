@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div, power_of_2
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 
 TILE = 2048
 
@@ -13,6 +13,7 @@ TILE = 2048
 @kernel(sizes=['M'])
 def swiglu_kernel(p_x, p_out, M, F, stride, BF: tl.constexpr, BM: tl.constexpr):
     """out = silu(a) * b for rows [a, b] of x (M, 2 F); a program does a BM x BF tile of out."""
+    await_previous()
     cols = tl.program_id(1) * BF + tl.arange(0, BF)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     mask = (rows < M)[:, None] & (cols < F)[None, :]
@@ -30,6 +31,7 @@ def swiglu_grad_kernel(
     BF: tl.constexpr, BM: tl.constexpr, WITH_OUT: tl.constexpr,
 ):  # fmt: skip
     """Both halves of dx (M, 2 F) from dout (M, F), and out again if WITH_OUT; tiles as above."""
+    await_previous()
     cols = tl.program_id(1) * BF + tl.arange(0, BF)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     mask = (rows < M)[:, None] & (cols < F)[None, :]

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.kernels.grid import ceil_div
-from mmvig.kernels.launch import kernel
+from mmvig.kernels.launch import await_previous, kernel
 
 BK = 64
 GROUP = 8  # row blocks whose tiles follow each other, so that they share the weights in L2
@@ -28,6 +28,7 @@ def swiglu_product_kernel(
     GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out = silu(a) * b for [a, b] = x @ weight^T, (M, F); a program does a BM x BF tile of it."""
+    await_previous()
     blocks: tl.constexpr = (F + BF - 1) // BF
     group = tl.program_id(0) // (GROUP * blocks)
     inside = tl.program_id(0) % (GROUP * blocks)

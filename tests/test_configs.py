@@ -142,7 +142,7 @@ def test_detection_recipe(trunk: str, arch: str) -> None:
     cfg = load(f'detection/{trunk}_{arch}_maskrcnn')
     optim = cfg.optim_wrapper
     assert (optim.optimizer.type, optim.optimizer.lr, optim.optimizer.weight_decay) == (
-        'AdamW',
+        'FusedAdamW',
         1e-4,
         0.05,
     )

@@ -25,6 +25,7 @@ def leave_no_trace(cfg: Config) -> None:
     """Random weights, no checkpoints, no logs."""
     if cfg.model.backbone.get('init_cfg'):
         cfg.model.backbone.init_cfg = None
-    cfg.default_hooks.update(logger=dict(type='LoggerHook', interval=10**6), checkpoint=None)
+    quiet = dict(logger=dict(type='LoggerHook', interval=10**6), checkpoint=None)
+    cfg.default_hooks = {**cfg.get('default_hooks', {}), **quiet}
     cfg.log_processor = dict(type='LogProcessor', by_epoch=False)
     cfg.log_level = 'WARNING'

@@ -12,7 +12,14 @@ from mmvig.datasets.packed_masks import PackedMasks, PackMasks
 from mmvig.datasets.shapes_files import ShapesSpec, ensure_shapes
 from mmvig.on_demand import register_on_demand
 
-__all__ = ['PackMasks', 'PackedMasks', 'ShapesSpec', 'check_data', 'ensure_shapes', 'one_buffer_collate']
+__all__ = [
+    'PackMasks',
+    'PackedMasks',
+    'ShapesSpec',
+    'check_data',
+    'ensure_shapes',
+    'one_buffer_collate',
+]
 
 __getattr__ = register_on_demand(
     DATASETS,

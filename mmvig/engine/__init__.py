@@ -1,10 +1,11 @@
-"""Running models: the optimizer's constructor, checks, compilation and CUDA graphs."""
+"""Running models: the optimizer and its constructor, checks, compilation and CUDA graphs."""
 
 from mmvig.engine.acceleration import CompileBackboneHook, CudaGraphHook
 from mmvig.engine.backbones import compile_backbone, find_backbone
 from mmvig.engine.channels import check_channels
 from mmvig.engine.cuda_graphs import CudaGraphs, use_cuda_graphs
 from mmvig.engine.early_losses import EarlyLossHook
+from mmvig.engine.fused_adamw import FusedAdamW
 from mmvig.engine.layer_decay import LayerDecayOptimWrapperConstructor
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     'CudaGraphHook',
     'CudaGraphs',
     'EarlyLossHook',
+    'FusedAdamW',
     'LayerDecayOptimWrapperConstructor',
     'check_channels',
     'compile_backbone',

@@ -112,7 +112,10 @@ def test_configs_find_it_by_name() -> None:
 
 @pytest.mark.gpu
 def test_a_loader_pins_them() -> None:
-    loader = DataLoader(Samples(), 2, num_workers=1, pin_memory=True, collate_fn=one_buffer_collate)
-    for batch, expected in zip(loader, DataLoader(Samples(), 2, collate_fn=pseudo_collate)):
+    loaders = [
+        DataLoader(Samples(), 2, num_workers=1, pin_memory=True, collate_fn=one_buffer_collate),
+        DataLoader(Samples(), 2, collate_fn=pseudo_collate),
+    ]
+    for batch, expected in zip(*loaders, strict=True):
         check(batch, expected)
         assert all(t.is_pinned() for t in flat(batch) if t.numel())

@@ -41,15 +41,15 @@ class Model(BaseModel):
         return dict(loss_a=x, loss_b=losses, accuracy=torch.tensor(7, device=x.device).double())
 
 
-def train(hook: EarlyLossHook | None, device: str, steps: int = 3) -> tuple[Model, list[dict], list]:
-    """The model, what each step gives to be logged, and the seconds until it was there."""
+def train(hook: EarlyLossHook | None, device: str) -> tuple[Model, list[dict], list[float]]:
+    """Three steps: the model, what each gives to be logged, the seconds until it was there."""
     model = Model().to(device)
     wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
     runner = SimpleNamespace(model=model)
     outputs, seconds = [], []
     if hook:
         hook.before_train(runner)
-    for step in range(steps):
+    for step in range(3):
         if device == 'cuda':
             torch.cuda.synchronize()
         start = time.perf_counter()

@@ -184,6 +184,7 @@ def _both(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]
 
 LANGUAGE = dict(
     constexpr=lambda x: x,
+    int32=torch.int32,
     int64=torch.int64,
     float32=torch.float32,
     bfloat16=torch.float32,
@@ -197,7 +198,7 @@ LANGUAGE = dict(
     full=lambda shape, value, dtype, layout: torch.full(shape, value),
     allocate_shared_memory=lambda dtype, shape, layout: Shared(torch.full(shape, torch.nan)),
     convert_layout=lambda x, layout: x,
-    inline_asm_elementwise=lambda asm, constraints, args, dtype, is_pure, pack: args[0],
+    inline_asm_elementwise=lambda asm, constraints, args, dtype, is_pure, pack: (*args, None)[0],
     program_id=lambda axis: torch.tensor(Machine.program),
     num_programs=lambda axis: torch.tensor(Machine.programs),
     static_range=range,

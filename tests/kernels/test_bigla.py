@@ -98,7 +98,7 @@ def launchers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         assert all(x.stride(-1) == 1 for x in args[:5])
         return bigla_chunked.bidirectional_gla(*args)
 
-    def backward(*args) -> tuple[Tensor, ...]:
+    def backward(*args, into: None) -> tuple[Tensor, ...]:
         calls.append('backward')
         assert all(x.stride(-1) == 1 for x in args[:6])
         return bigla.chunked_backward(*args)

@@ -5,13 +5,15 @@ On a GPU that has it, or its source on the CPU in float32, by `gluon_emulator.py
 form.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from .gluon_emulator import NoKernel, emulated
 from .test_bigla_bwd_kernels import assert_close
-from .test_bigla_kernels import GPU, expect, make_inputs
+from .test_bigla_kernels import GPU, check_into, expect, make_inputs
 from .test_bigla_kernels import _poison as _poison  # a fixture
 
 from mmvig.kernels import bigla_bwd  # isort: skip
@@ -71,6 +73,11 @@ def test_views_of_one_projection(chunks: int) -> None:
     wide = torch.cat([x.flatten(2) for x in inputs], -1)
     views = wide.split([2 * x.shape[-1] for x in inputs], -1)
     check([x.unflatten(-1, (2, -1)) for x in views], chunks)
+
+
+def test_gradients_next_to_each_other() -> None:
+    inputs = make_inputs((2, 70, 2, KEY), VALUE, 'network', DTYPE)
+    check_into(inputs, partial(bigla_bwd_gluon.backward_in_gluon, chunks=1))
 
 
 def test_same_bits_every_time() -> None:

@@ -4,6 +4,8 @@ Sees the same inputs as `test_bigla_kernels.py`; `test_bigla_bwd.py` runs this f
 interpreter.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from .test_bigla_kernels import (
     GPU,
     NAMES,
     TOLERANCE,
+    check_into,
     expect,
     make_inputs,
 )
@@ -84,6 +87,11 @@ def test_views_of_one_projection() -> None:
     inputs = make_inputs((2, 50, 2, KEY), VALUE, 'network', DTYPES[0])
     inputs[:3] = qkv.split([KEY, KEY, VALUE], -1)
     assert_close(run(inputs), expect(inputs)[1:], DTYPES[0])
+
+
+def test_gradients_next_to_each_other() -> None:
+    inputs = make_inputs((2, 40, 2, KEY), VALUE, 'network', DTYPES[0])
+    check_into(inputs, partial(backward_by_chunks, chunk=CHUNK, chunks=2))
 
 
 @dtypes

@@ -4,7 +4,8 @@ On a GPU, or on the CPU under Triton's interpreter (`TRITON_INTERPRET=1`, which 
 Triton is imported: `test_bigla.py` runs this file so).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -70,6 +71,27 @@ def run(inputs: list[Tensor], chunks: int = 2, chunk: int | None = CHUNK) -> lis
         forward(*args, scale, chunk, chunks),
         *backward(*args, do, scale, chunk, chunks),
     ]
+
+
+def check_into(inputs: list[Tensor], backward: Callable[..., tuple]) -> None:
+    """Gradients of q, k and v in parts of one tensor are those without; the rest is not touched.
+
+    Those of strong gates, too, which another kernel writes.
+    """
+    b, n, h, key = inputs[0].shape
+    for gate in inputs[3:5]:
+        gate[:, 20:36, :, ::3] = -40.0
+    scale = key**-0.5
+    width = h * (2 * key + inputs[2].shape[-1])
+    wide = torch.full((b, n, width + 16), 7.0, dtype=inputs[0].dtype, device=inputs[0].device)
+    parts = wide[..., :width].split([h * x.shape[-1] for x in inputs[:3]], -1)
+    into = tuple(part.unflatten(-1, (h, -1)) for part in parts)
+    expected = backward(*inputs, scale)
+    found = backward(*inputs, scale, into=into)
+    for x, y, z in zip(found, expected, [*into, *found[3:]], strict=True):
+        assert torch.equal(x, y)
+        assert torch.equal(z, y)
+    assert (wide[..., width:] == 7.0).all()
 
 
 def expect(inputs: list[Tensor], function=bigla_chunked.bidirectional_gla) -> list[Tensor]:
@@ -140,6 +162,13 @@ def test_views_of_one_projection() -> None:
     inputs = make_inputs((2, 50, 2, 16), 32, 'network', torch.float32)
     inputs[:3] = q, k, v
     assert_close(run(inputs), expect(inputs), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize('value', [64, 96])
+def test_gradients_next_to_each_other(value: int) -> None:
+    """Of one block of value channels and of several, whose shares are summed."""
+    inputs = make_inputs((2, 40, 1, 16), value, 'network', DTYPES[0])
+    check_into(inputs, partial(backward, chunk=CHUNK, chunks=2))
 
 
 def test_gates_of_a_wider_dtype() -> None:

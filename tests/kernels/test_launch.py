@@ -1,6 +1,8 @@
 """Kernels that are launched again are those that were compiled for such arguments."""
 
+import ast
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -52,7 +54,7 @@ class Jitted:
 
 @pytest.fixture
 def jitted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Jitted]:
-    current = SimpleNamespace(device=0, backend='cuda')
+    current = SimpleNamespace(device=0, backend='cuda', arch=90)
     active = SimpleNamespace(
         get_current_device=lambda: current.device,
         get_current_stream=lambda device: 70 + device,
@@ -131,6 +133,41 @@ def test_a_profiler_sees_every_launch(
     for _ in range(2):
         Kernel(jitted, ['M'])[(5,)](OnGpu.zeros(32), 7, 16, 1e-6, BM=2, BC=64)
     assert len(jitted.compiled) == 2 and not jitted.launched
+
+
+@pytest.mark.parametrize(
+    ('waits', 'backend', 'arch', 'overlaps'),
+    [
+        (True, 'cuda', 90, True),
+        (True, 'cuda', 80, False),
+        (True, 'hip', 'gfx950', False),
+        (False, 'cuda', 90, False),
+    ],
+)
+def test_kernels_that_wait_may_be_launched_early_where_a_gpu_can(
+    jitted: Jitted, waits: bool, backend: str, arch: object, overlaps: bool
+) -> None:
+    jitted.current.backend, jitted.current.arch = backend, arch
+    function = Kernel(jitted, ['M'], waits)
+    for x in (OnGpu.zeros(32), OnGpu(torch.zeros(33)[1:])):  # the second is left to Triton
+        function[(5,)](x, 7, 16, 1e-6, BM=2, BC=64)
+    for _, _, constants in jitted.compiled:
+        assert constants == dict(BM=2, BC=64) | (dict(launch_pdl=True) if overlaps else {})
+
+
+def test_kernels_wait_before_all_else() -> None:
+    """Those that wait do so in their first statement; one that waits late might read too early."""
+    waiting = 0
+    for path in Path(launch.__file__).parent.glob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef) or not node.decorator_list:
+                continue
+            calls = [n for n in ast.walk(node) if isinstance(n, ast.Call)]
+            if any(getattr(c.func, 'id', '') == launch.await_previous.__name__ for c in calls):
+                first = node.body[1]  # after the docstring
+                assert ast.unparse(first) == 'await_previous()', (path.name, node.name)
+                waiting += 1
+    assert waiting > 40
 
 
 def test_sizes_are_arguments() -> None:

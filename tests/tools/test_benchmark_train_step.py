@@ -58,8 +58,12 @@ def test_our_heads_are_those_of_the_base(tmp_path: Path, monkeypatch: pytest.Mon
     for cfg in (theirs, ours):
         steps = [step['type'] for step in cfg.train_dataloader.dataset.pipeline]
         assert steps[-2:] == ['PackMasks', 'PackDetInputs']
-        assert cfg.optim_wrapper.optimizer.fused and cfg.train_dataloader.pin_memory
-        assert cfg.model.data_preprocessor.non_blocking
+        assert cfg.train_dataloader.pin_memory and cfg.model.data_preprocessor.non_blocking
+        assert cfg.train_dataloader.collate_fn == dict(type='one_buffer_collate')
+        hooks = [*cfg.get('custom_hooks', []), *cfg.get('default_hooks', {}).values()]
+        assert dict(type='EarlyLossHook') in hooks
+        optimizer = cfg.optim_wrapper.optimizer
+        assert optimizer.type == 'FusedAdamW' or optimizer.fused
 
 
 def test_mistakes_end_in_one_line(fail: Callable[..., str], data: Path, tmp_path: Path) -> None:

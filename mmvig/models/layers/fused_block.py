@@ -138,9 +138,9 @@ def forward(
     log_fwd, log_bwd = log_gates_kernels.forward(
         low, w.log_gate, w.log_gate_bias, gate_dtype(s.dtype)
     )
-    mixed = bigla.compute(
-        *heads(into, log_fwd, log_bwd, b, s.num_heads), (c // 2 // s.num_heads) ** -0.5
-    )
+    qkv = heads(into, b, s.num_heads, c // 2)
+    logs = (log_fwd.view(qkv[0].shape), log_bwd.view(qkv[0].shape))
+    mixed = bigla.compute(*qkv, *logs, (c // 2 // s.num_heads) ** -0.5)
     mixed = mixed.view(-1, c)
     blended = gated_head_norm_kernels.forward(
         mixed, local, into[:, 2 * c : 3 * c], w.gate_bias, w.g_norm, w.l_norm, s.silu, s.eps[2]
@@ -160,19 +160,16 @@ def forward(
     return middle, branch, kept
 
 
-def heads(into: Tensor, log_fwd: Tensor, log_bwd: Tensor, b: int, h: int) -> list[Tensor]:
-    """q, k, v and the log gates as (B, N, H, D), views."""
-    half = log_fwd.shape[1]
+def heads(into: Tensor, b: int, h: int, half: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k (`half` channels each) and v as (B, N, H, D), views of the product that has them."""
     n, d, width = into.shape[0] // b, half // h, into.shape[1]
     strides = (n * width, width, d, 1)
     at = into.storage_offset()
-    return [
+    return (
         into.as_strided((b, n, h, d), strides, at),
         into.as_strided((b, n, h, d), strides, at + half),
         into.as_strided((b, n, h, 2 * d), (n * width, width, 2 * d, 1), at + 2 * half),
-        log_fwd.view(b, n, h, d),
-        log_bwd.view(b, n, h, d),
-    ]
+    )
 
 
 def backward(
@@ -194,24 +191,26 @@ def backward(
     )
     dup = weight_grad(dhidden, k.mlp_normed if again is None else again, wide)
     dbranch, blended = dbranch.view(-1, c), torch.empty_like(k.mixed)
-    dmixed, dlocal, dgate, *share_gated = gated_head_norm_kernels.backward(
+    # gradients of what one product made, next to each other as that had them
+    dinto = torch.empty_like(k.into)
+    dmixed, dlocal, _, *share_gated = gated_head_norm_kernels.backward(
         k.mixed, k.local, k.into[:, 2 * c : 3 * c], w.gate_bias, w.g_norm, w.l_norm,
-        torch.mm(dbranch, half.out), s.silu, s.eps[2], blended,
+        torch.mm(dbranch, half.out), s.silu, s.eps[2], blended, dinto[:, 2 * c : 3 * c],
     )  # fmt: skip
     dout = weight_grad(dbranch, blended, wide)
-    views = heads(k.into, k.log_fwd, k.log_bwd, b, s.num_heads)
-    dq, dk, dv, dfwd, dbwd = bigla.compute_backward(
-        *views, dmixed.view(views[2].shape), (c // 2 // s.num_heads) ** -0.5
-    )
+    qkv = heads(k.into, b, s.num_heads, c // 2)
+    logs = (k.log_fwd.view(qkv[0].shape), k.log_bwd.view(qkv[0].shape))
+    dfwd, dbwd = bigla.compute_backward_into(
+        *qkv, *logs, dmixed.view(qkv[2].shape), (c // 2 // s.num_heads) ** -0.5,
+        heads(dinto, b, s.num_heads, c // 2),
+    )  # fmt: skip
     low = k.into[:, 3 * c :]
     dlow, share_log_gate = log_gates_kernels.backward(
         low, w.log_gate, w.log_gate_bias, dfwd.view(-1, c // 2), dbwd.view(-1, c // 2)
     )
-    dinto = torch.cat(
-        [dq.view(-1, c // 2), dk.view(-1, c // 2), dv.view(-1, c), dgate, dlow.to(s.dtype)], 1
-    )
+    dinto[:, 3 * c :] = dlow
     dlocal.addmm_(dinto, half.into)
-    dqkv, dgate_weight, dlow = weight_grad(dinto, k.local, wide).split([2 * c, c, low.shape[1]])
+    dqkv, dgate, dlow = weight_grad(dinto, k.local, wide).split([2 * c, c, low.shape[1]])
     dlocal = dlocal.view(k.stream.shape)
     dnormed, share_conv = convolve_backward(k.normed, w.conv, None, dlocal, s.hw, s.act, True)
     dx, dy, share_attn_norm = residual_norm_kernels.backward(
@@ -226,7 +225,7 @@ def backward(
         attn_norm_bias=None if w.attn_norm_bias is None else dattn_norm[1],
         conv=dconv[:, :9].reshape(w.conv.shape),
         qkv=dqkv,
-        gate=dgate_weight,
+        gate=dgate,
         gate_bias=dgate_bias,
         low=dlow,
         log_gate=dlog_gate[:-1].t(),
