@@ -22,7 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mmvig.kernels.bigla_fwd_edges import exact_kernel, scan_kernel, weights
+from mmvig.kernels.bigla_fwd_edges import scan_kernel, weights
+from mmvig.kernels.bigla_fwd_exact import launch_exact
 from mmvig.kernels.bigla_fwd_gluon_adds import adds_kernel
 from mmvig.kernels.bigla_gluon_tiles import (
     CHUNK,
@@ -301,8 +302,8 @@ def forward_in_gluon(
         HAS_STATES=several, **(LAUNCH if several else HELD_LAUNCH),
     )  # fmt: skip
     p = make_plan(q, v)
-    exact_kernel[heads, n_segments, 1](
-        *inputs, o, right, stack, weakest, bits, *strides(*inputs), *sizes, K=dk, V=dv, BK=dk,
-        BV=dv, C=CHUNK, OP=p.op, PRECISION=p.precision, HAS_STATES=several, **p.exact,
+    launch_exact(
+        inputs, (o, right, stack, weakest), bits, sizes, 1, K=dk, V=dv, BK=dk, BV=dv, C=CHUNK,
+        OP=p.op, PRECISION=p.precision, HAS_STATES=several, **p.exact,
     )  # fmt: skip
     return o

@@ -123,11 +123,12 @@ def use_our_heads(cfg: Config) -> None:
     heads.bbox_roi_extractor.type = heads.mask_roi_extractor.type = 'Float32RoIExtractor'
     model.data_preprocessor.non_blocking = cfg.train_dataloader.pin_memory = True
     cfg.train_dataloader.collate_fn = dict(type='one_buffer_collate')
-    cli.add_hook(cfg, type='EarlyLossHook')
+    hooks = dict(early_losses=dict(type='EarlyLossHook'))
+    cfg.default_hooks = {**cfg.get('default_hooks', {}), **hooks}
     optimizer = cfg.optim_wrapper.optimizer
     if optimizer.type == 'AdamW':
         optimizer.type = 'FusedAdamW'
-    else:
+    elif optimizer.type == 'SGD':
         optimizer.fused = True
     pipeline = innermost_dataset(cfg).pipeline
     if not any(step['type'] == 'PackMasks' for step in pipeline):

@@ -40,7 +40,7 @@ class EarlyLossHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         """Gives the model its own `parse_losses` back."""
-        del _inner(runner.model).parse_losses
+        vars(_inner(runner.model)).pop('parse_losses', None)
 
     def after_train_iter(
         self,

@@ -81,6 +81,20 @@ def test_the_model_has_its_own_method_again() -> None:
     assert 'parse_losses' not in vars(model)
 
 
+def test_two_of_them() -> None:
+    model, hooks = Model(), [EarlyLossHook(), EarlyLossHook()]
+    runner = SimpleNamespace(model=model)
+    for hook in hooks:
+        hook.before_train(runner)
+    loss, logs = model.parse_losses(dict(loss=torch.ones(2)))
+    for hook in hooks:
+        hook.after_train_iter(runner, 0, outputs=logs)
+    assert loss.item() == logs['loss'].item() == 1
+    for hook in hooks:
+        hook.after_train(runner)
+    assert 'parse_losses' not in vars(model)
+
+
 def test_it_runs_before_the_losses_are_read() -> None:
     assert get_priority(EarlyLossHook.priority) < get_priority(RuntimeInfoHook.priority)
 

@@ -47,6 +47,17 @@ def test_any_segment_length(chunks: int | None) -> None:
     check(make_inputs((2, 500 if GPU else 90, 1, KEY), VALUE, 'network', DTYPE), chunks)
 
 
+@pytest.mark.parametrize('chunks', [1, 2])
+def test_strong_gates_in_some_of_many_heads(chunks: int) -> None:
+    """A program of the exact form looks at several segments."""
+    batch, heads = (64, 12) if GPU else (3, 5)
+    inputs = make_inputs((batch, 20 if CHUNK else 100, heads, KEY), VALUE, 'network', DTYPE)
+    for b, h in ((0, 1), (1, 3), (1, 4), (2, 0)):
+        for gate in inputs[3:5]:
+            gate[b, 3:18, h] = -20.0
+    check(inputs, chunks)
+
+
 def test_strided_inputs() -> None:
     inputs = make_inputs((2, TOKENS[-1], 2, KEY), VALUE, 'network', DTYPE)
     wide = [torch.cat([x, x], 2)[:, :, ::2] for x in inputs]

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.registry import OPTIMIZERS
 
 from tests.tools.conftest import ROOT, TOOLS, run_tool, write_config
 
@@ -39,7 +41,9 @@ def test_our_heads_are_those_of_the_base(tmp_path: Path, monkeypatch: pytest.Mon
     theirs, ours = (
         Config.fromfile(f) for f in (file, ROOT / 'configs' / 'detection' / 'vig_t_maskrcnn.py')
     )
-    use_our_heads(theirs)
+    before = ours.pretty_text
+    for cfg in (theirs, ours):
+        use_our_heads(cfg)
     for path in (
         'rpn_head',
         'roi_head',
@@ -60,10 +64,11 @@ def test_our_heads_are_those_of_the_base(tmp_path: Path, monkeypatch: pytest.Mon
         assert steps[-2:] == ['PackMasks', 'PackDetInputs']
         assert cfg.train_dataloader.pin_memory and cfg.model.data_preprocessor.non_blocking
         assert cfg.train_dataloader.collate_fn == dict(type='one_buffer_collate')
-        hooks = [*cfg.get('custom_hooks', []), *cfg.get('default_hooks', {}).values()]
-        assert dict(type='EarlyLossHook') in hooks
-        optimizer = cfg.optim_wrapper.optimizer
-        assert optimizer.type == 'FusedAdamW' or optimizer.fused
+        assert cfg.default_hooks.early_losses == dict(type='EarlyLossHook')
+        settings = cfg.optim_wrapper.optimizer
+        assert settings.type == 'FusedAdamW' or settings.fused
+        OPTIMIZERS.build(dict(settings, params=[torch.zeros(1)]))
+    assert ours.pretty_text == before
 
 
 def test_mistakes_end_in_one_line(fail: Callable[..., str], data: Path, tmp_path: Path) -> None:
