@@ -8,9 +8,10 @@ before it end, and waits on the multiprocessors until its results are in memory 
 dependent launch, Hopper and newer), instead of being launched when they are.
 """
 
+import ctypes
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import triton
@@ -34,6 +35,7 @@ VERSIONS = ('3.4.', '3.5.', '3.6.', '3.7.', '3.8.')
 # where a profiler leaves what has to be called at every launch
 HOOKS = triton.knobs.runtime if hasattr(triton, 'knobs') else None
 HOPPER = 90  # compute capability
+DRIVER = 12030  # of CUDA 12.3, from which on CUDA graphs record launches that overlap
 
 
 @triton.jit
@@ -75,6 +77,17 @@ def kernel(*, sizes: Sequence[str] = (), jit: Callable = triton.jit) -> Callable
         return Kernel(jitted, sizes, waits=await_previous.__name__ in function.__code__.co_names)
 
     return decorate
+
+
+@lru_cache
+def driver_version() -> int:
+    """What CUDA the driver is of, 1000 times the major and 10 times the minor version; or 0."""
+    version = ctypes.c_int(0)
+    try:  # loaded already wherever there is a GPU
+        ctypes.CDLL('libcuda.so.1').cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value
 
 
 class Kernel:
@@ -138,7 +151,7 @@ class Kernel:
     def _options(self) -> dict[str, bool]:
         target = triton.runtime.driver.active.get_current_target()
         overlaps = self._waits and target.backend == 'cuda' and target.arch >= HOPPER
-        return dict(launch_pdl=True) if overlaps else {}
+        return dict(launch_pdl=True) if overlaps and driver_version() >= DRIVER else {}
 
     def _rest(self, args: tuple, constants: dict[str, Any]) -> tuple:
         """Values of the arguments after `args`, in order."""

@@ -54,7 +54,7 @@ class Jitted:
 
 @pytest.fixture
 def jitted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Jitted]:
-    current = SimpleNamespace(device=0, backend='cuda', arch=90)
+    current = SimpleNamespace(device=0, backend='cuda', arch=90, driver=13000)
     active = SimpleNamespace(
         get_current_device=lambda: current.device,
         get_current_stream=lambda device: 70 + device,
@@ -63,6 +63,7 @@ def jitted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Jitted]:
     runtime = SimpleNamespace(driver=SimpleNamespace(active=active))
     monkeypatch.setattr(launch, 'triton', SimpleNamespace(runtime=runtime))
     monkeypatch.setattr(launch, 'TENSORS', (Tensor, OnGpu))
+    monkeypatch.setattr(launch, 'driver_version', lambda: current.driver)
     jitted = Jitted()
     jitted.current = current
     yield jitted
@@ -136,23 +137,38 @@ def test_a_profiler_sees_every_launch(
 
 
 @pytest.mark.parametrize(
-    ('waits', 'backend', 'arch', 'overlaps'),
+    ('waits', 'backend', 'arch', 'driver', 'overlaps'),
     [
-        (True, 'cuda', 90, True),
-        (True, 'cuda', 80, False),
-        (True, 'hip', 'gfx950', False),
-        (False, 'cuda', 90, False),
+        (True, 'cuda', 90, 12030, True),
+        (True, 'cuda', 90, 12020, False),
+        (True, 'cuda', 80, 13000, False),
+        (True, 'hip', 'gfx950', 0, False),
+        (False, 'cuda', 90, 13000, False),
     ],
 )
 def test_kernels_that_wait_may_be_launched_early_where_a_gpu_can(
-    jitted: Jitted, waits: bool, backend: str, arch: object, overlaps: bool
+    jitted: Jitted, waits: bool, backend: str, arch: object, driver: int, overlaps: bool
 ) -> None:
-    jitted.current.backend, jitted.current.arch = backend, arch
+    vars(jitted.current).update(backend=backend, arch=arch, driver=driver)
     function = Kernel(jitted, ['M'], waits)
     for x in (OnGpu.zeros(32), OnGpu(torch.zeros(33)[1:])):  # the second is left to Triton
         function[(5,)](x, 7, 16, 1e-6, BM=2, BC=64)
     for _, _, constants in jitted.compiled:
         assert constants == dict(BM=2, BC=64) | (dict(launch_pdl=True) if overlaps else {})
+
+
+def test_without_a_driver_nothing_is_launched_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(launch.ctypes, 'CDLL', missing)
+    assert launch.driver_version.__wrapped__() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason='needs a CUDA device')
+def test_the_driver_has_a_version() -> None:
+    assert launch.driver_version() >= 11000
 
 
 def test_kernels_wait_before_all_else() -> None:
