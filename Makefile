@@ -15,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make demo   train, evaluate and draw ViG-T Mask R-CNN on the shapes set (CPU, 10 minutes)'
+	@echo 'make demo   train, evaluate and draw ViG-T Mask R-CNN on the shapes set (CPU, 8 minutes)'
 	@echo 'make test   check the style and run the tests'
 	@echo 'make env    set up $(VENV) only; PYTHON=python3.12 chooses the interpreter'
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS, Registry
+from mmengine.registry import DATASETS, FUNCTIONS, Registry
 
 from mmvig.datasets.checks_coco import check_coco
 from mmvig.datasets.checks_files import require_paths
@@ -38,7 +38,8 @@ def check_data(cfg: Config, loaders: Sequence[str] = LOADERS, *, open_files: boo
 
     Raises:
         FileNotFoundError: If folders or files are missing.
-        ValueError: If an annotation file, an image or a label map cannot be used.
+        ValueError: If an annotation file, an image or a label map cannot be used, or a loader's
+            settings do not go together.
     """
     if int(os.environ.get('LOCAL_RANK', 0)) != 0:
         return
@@ -46,6 +47,7 @@ def check_data(cfg: Config, loaders: Sequence[str] = LOADERS, *, open_files: boo
     for loader in loaders:
         if cfg.get(loader) is None:
             continue
+        _check_loader(loader, cfg[loader])
         metrics = _metrics(cfg.get(loader.replace('dataloader', 'evaluator')))
         for dataset_cfg in _leaves(cfg[loader]['dataset']):
             job = (dataset_cfg, metrics)
@@ -57,6 +59,21 @@ def check_data(cfg: Config, loaders: Sequence[str] = LOADERS, *, open_files: boo
                     print_log(f'{loader}: {dataset_cfg["type"]} data are not checked', 'current')
                 else:
                     _check_dataset(loader, dataset_cfg, dataset, metrics, open_files)
+
+
+def _check_loader(name: str, loader: dict) -> None:
+    """Raises ValueError for settings that mmengine and PyTorch take for a fault of the program."""
+    kind = (loader.get('collate_fn') or {}).get('type')
+    if isinstance(kind, str) and FUNCTIONS.get(kind) is None:
+        raise ValueError(
+            f'{name}.collate_fn.type is {kind!r}, which no package registers: check its spelling, '
+            'or add what registers it to custom_imports'
+        )
+    if loader.get('persistent_workers') and not loader.get('num_workers'):
+        raise ValueError(
+            f'{name}.persistent_workers is True, but num_workers is 0: set '
+            f'{name}.persistent_workers=False'
+        )
 
 
 def _metrics(evaluator: dict | list | None) -> list[dict]:

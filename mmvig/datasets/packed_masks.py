@@ -46,6 +46,13 @@ class PackedMasks:
     def __len__(self) -> int:
         return len(self.bits)
 
+    def __getattr__(self, name: str) -> Any:
+        """Called for what mmdet's bitmaps have and these do not, such as `rescale` and `flip`."""
+        raise AttributeError(
+            f'packed masks have no {name!r}: put PackMasks behind all transforms of images, right '
+            'before PackDetInputs'
+        )
+
     def __getitem__(self, index: Any) -> 'PackedMasks':
         """Some of the masks: a slice, or a list, array or tensor of positions or flags."""
         return PackedMasks(self.bits[index], self.height, self.width)

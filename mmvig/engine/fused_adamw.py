@@ -30,7 +30,8 @@ class FusedAdamW(torch.optim.AdamW):
     torch collects and sorts parameters and states anew in every step. With layer-wise learning
     rates, 28 groups in ViG, that takes the host longer than all launches.
 
-    In a config: `optim_wrapper = dict(optimizer=dict(type='FusedAdamW', lr=1e-4), ...)`.
+    In a config: `optim_wrapper = dict(optimizer=dict(type='FusedAdamW', lr=1e-4), ...)`. Takes up
+    checkpoints of AdamW, and AdamW its.
 
     Args:
         params: Parameters, or groups of them.
@@ -38,6 +39,10 @@ class FusedAdamW(torch.optim.AdamW):
         betas: Decays of the two running means, of the gradient and its square.
         eps: Added to the root of the latter.
         weight_decay: Share of the parameters, times lr, that each step takes away.
+        fused: True, so that settings of an AdamW serve that has it.
+
+    Raises:
+        ValueError: If it is not to be fused.
     """
 
     def __init__(
@@ -47,7 +52,10 @@ class FusedAdamW(torch.optim.AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        fused: bool = True,
     ) -> None:
+        if fused is not True:
+            raise ValueError(f'FusedAdamW is fused, got fused={fused}: use AdamW')
         self._lists: list[_Lists] | None = None
         self._without_state: list[Tensor] = []
         super().__init__(params, lr, betas, eps, weight_decay, fused=True)
@@ -56,6 +64,18 @@ class FusedAdamW(torch.optim.AdamW):
         """As torch's."""
         super().add_param_group(param_group)
         self._lists = None
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's; the groups stay fused where those of an AdamW were not.
+
+        Raises:
+            ValueError: For states of an AdamW with `amsgrad`, which has one more.
+        """
+        groups = state_dict['param_groups']
+        if any(group.get('amsgrad') for group in groups):
+            raise ValueError('these states are of an AdamW with amsgrad=True: use AdamW')
+        groups = [{**group, 'fused': True, 'foreach': None} for group in groups]
+        super().load_state_dict({**state_dict, 'param_groups': groups})
 
     def __setstate__(self, state: dict) -> None:
         """Called by `load_state_dict`, which puts new states in place of the old ones."""

@@ -74,6 +74,18 @@ def test_sound_data_pass(data: Path):
     check_data(segmentation(data))
 
 
+def test_loaders_that_cannot_be_built(data: Path):
+    cfg = detection(data)
+    cfg.train_dataloader.update(
+        num_workers=0, persistent_workers=False, collate_fn=dict(type='one_buffer_collate')
+    )
+    check_data(cfg)
+    cfg.train_dataloader.collate_fn.type = 'one_bufer_collate'
+    assert "train_dataloader.collate_fn.type is 'one_bufer_collate', which no" in message(cfg)
+    cfg.train_dataloader.update(collate_fn=None, persistent_workers=True)
+    assert 'set train_dataloader.persistent_workers=False' in message(cfg)
+
+
 def test_shapes_are_created_by_the_check(tmp_path: Path):
     pytest.importorskip('mmdet')
     cfg = detection(

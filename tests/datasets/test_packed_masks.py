@@ -40,6 +40,8 @@ def test_indexing_copying_and_errors() -> None:
         )
     assert copy.deepcopy(packed) is packed
     assert packed.to('cpu').bits.data_ptr() == packed.bits.data_ptr()
+    with pytest.raises(AttributeError, match="no 'rescale': put PackMasks behind"):
+        packed.rescale((64, 96))
     with pytest.raises(ValueError, match='pad_val=1'):
         packed.pad((64, 96), pad_val=1)
     with pytest.raises(ValueError, match=r'bits \(5, 37, 7\) do not fit into masks 37x48'):

@@ -98,6 +98,40 @@ def test_states_that_are_loaded(usual: list[None]) -> None:
     assert len(usual) == 1
 
 
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+def test_states_of_an_adamw_that_was_not_fused(device: str, usual: list[None]) -> None:
+    pair = Pair(device)
+    ours, theirs = pair.optimizers
+    plain = torch.optim.AdamW(Pair.groups(pair.theirs), lr=0.1, foreach=True, **SETTINGS)
+    for p in pair.theirs.parameters():
+        p.grad = torch.randn(p.shape, device=device)
+    plain.step()
+    pair.ours.load_state_dict(pair.theirs.state_dict())
+    state = copy.deepcopy(plain.state_dict())
+    ours.load_state_dict(state)
+    assert state['param_groups'][0]['fused'] is not True  # theirs stays as it was
+    fused = [{**group, 'fused': True, 'foreach': None} for group in state['param_groups']]
+    theirs.load_state_dict(copy.deepcopy({**state, 'param_groups': fused}))
+    for _ in range(2):
+        pair.step()
+    assert not usual
+    scaler = torch.amp.GradScaler(device)
+    loss = sum(layer(torch.ones(3, device=device)).sum() for layer in pair.ours[:3])
+    scaler.scale(loss).backward()
+    scaler.step(ours)
+    assert len(usual) == 1  # torch's step heeds the scale
+
+
+def test_settings_that_are_not_its_own() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = FusedAdamW([weight], fused=True)
+    with pytest.raises(ValueError, match='got fused=False: use AdamW'):
+        FusedAdamW([weight], fused=False)
+    other = torch.optim.AdamW([weight], amsgrad=True)
+    with pytest.raises(ValueError, match='amsgrad=True: use AdamW'):
+        optimizer.load_state_dict(other.state_dict())
+
+
 def test_a_group_that_is_added(usual: list[None]) -> None:
     pair = Pair()
     pair.step()

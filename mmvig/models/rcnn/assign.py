@@ -140,7 +140,7 @@ def _draw(keys: Tensor, candidates: Tensor, count: int) -> tuple[Tensor, Tensor]
 
 def _require(part: Any, kind: str, settings: dict[str, object]) -> None:
     if type(part).__name__ != kind:
-        raise ValueError(f'batched heads work with a {kind}, got a {type(part).__name__}')
+        raise ValueError(f'batched heads work with a {kind}, got {type(part).__name__}')
     for name, expected in settings.items():
         if getattr(part, name) != expected:
             raise ValueError(

@@ -116,7 +116,7 @@ def test_anchors_of_many_sizes_are_not_kept(cfg: ConfigDict, build_pair: Callabl
 @pytest.mark.parametrize(
     ('path', 'value', 'message'),
     [
-        ('sampler', dict(type='PseudoSampler'), 'RandomSampler, got a PseudoSampler'),
+        ('sampler', dict(type='PseudoSampler'), 'RandomSampler, got PseudoSampler'),
         ('assigner.ignore_iof_thr', 0.5, 'ignore_iof_thr=-1'),
         ('assigner.gpu_assign_thr', 100, 'gpu_assign_thr=-1, got 100'),
         ('allowed_border', 0, 'allowed_border=-1, got 0'),
