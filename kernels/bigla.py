@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmvig.kernels import bigla_chunked
+from mmvig.kernels.bigla_bwd_outputs import Into
 from mmvig.kernels.dispatch import form, working_dtype
 
 MAX_KEY_DIM = 128
@@ -104,7 +105,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: floa
 
 def _launch_backward(
     q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float,
-    into: tuple[Tensor, Tensor, Tensor] | None = None,
+    into: Into | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from mmvig.kernels.bigla_bwd import backward
 
@@ -129,13 +130,9 @@ def compute_backward(
 
 def compute_backward_into(
     q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float,
-    into: tuple[Tensor, Tensor, Tensor],
+    into: Into,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `compute_backward`, with dq, dk and dv written to `into`; returns the gates' gradients.
-
-    Tokens of `into` may lie apart, dq's and dk's equally far and those of a batch element after
-    those of the one before; a token's heads follow each other.
-    """
+    """As `compute_backward`, with dq, dk and dv written to `into`; returns the gates' gradients."""
     if _has_trusted_kernel(q, v, gf, gb, True):
         return _launch_backward(q, k, v, gf, gb, do, scale, into)[3:]
     *grads, dgf, dgb = chunked_backward(q, k, v, gf, gb, do, scale)

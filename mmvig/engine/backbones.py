@@ -6,13 +6,18 @@ from torch import nn
 MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a distributed wrapper, or itself."""
+    return model.module if is_model_wrapper(model) else model
+
+
 def find_backbone(model: nn.Module) -> nn.Module:
     """The backbone of a detector or segmentor, in a distributed wrapper or not.
 
     Raises:
         ValueError: If the model has none.
     """
-    model = model.module if is_model_wrapper(model) else model
+    model = unwrap(model)
     backbone = getattr(model, 'backbone', None)
     if not isinstance(backbone, nn.Module):
         raise ValueError(f'{type(model).__name__} has no backbone')

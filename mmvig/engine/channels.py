@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from mmengine.model import is_model_wrapper
 from torch import nn
+
+from mmvig.engine.backbones import unwrap
 
 
 def check_channels(model: nn.Module) -> None:
@@ -18,7 +19,7 @@ def check_channels(model: nn.Module) -> None:
     Raises:
         ValueError: If the channels differ; says which setting to change, and to what.
     """
-    model = model.module if is_model_wrapper(model) else model
+    model = unwrap(model)
     backbone = getattr(model, 'backbone', None)
     given = getattr(backbone, 'out_channels', None)
     if given is None:

@@ -2,10 +2,11 @@
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import Tensor
+
+from mmvig.engine.backbones import unwrap
 
 
 @HOOKS.register_module()
@@ -28,7 +29,7 @@ class EarlyLossHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Wraps the model's `parse_losses`, which ends a forward pass."""
-        model = _inner(runner.model)
+        model = unwrap(runner.model)
         parse = model.parse_losses
 
         def parse_and_copy(losses: dict) -> tuple[Tensor, dict[str, Tensor]]:
@@ -40,7 +41,7 @@ class EarlyLossHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         """Gives the model its own `parse_losses` back."""
-        vars(_inner(runner.model)).pop('parse_losses', None)
+        vars(unwrap(runner.model)).pop('parse_losses', None)
 
     def after_train_iter(
         self,
@@ -65,7 +66,3 @@ class EarlyLossHook(Hook):
         if values.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record()
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model

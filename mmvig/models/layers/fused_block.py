@@ -138,9 +138,8 @@ def forward(
     log_fwd, log_bwd = log_gates_kernels.forward(
         low, w.log_gate, w.log_gate_bias, gate_dtype(s.dtype)
     )
-    qkv = heads(into, b, s.num_heads, c // 2)
-    logs = (log_fwd.view(qkv[0].shape), log_bwd.view(qkv[0].shape))
-    mixed = bigla.compute(*qkv, *logs, (c // 2 // s.num_heads) ** -0.5)
+    views = gla_inputs(into, log_fwd, log_bwd, b, s.num_heads)
+    mixed = bigla.compute(*views, (c // 2 // s.num_heads) ** -0.5)
     mixed = mixed.view(-1, c)
     blended = gated_head_norm_kernels.forward(
         mixed, local, into[:, 2 * c : 3 * c], w.gate_bias, w.g_norm, w.l_norm, s.silu, s.eps[2]
@@ -158,6 +157,14 @@ def forward(
     branch = torch.mm(swiglu_kernels.forward(hidden), half.down.t()).view(b, n, c)
     kept = Kept(stream, normed, local, into, log_fwd, log_bwd, mixed, middle, mlp_normed, hidden)
     return middle, branch, kept
+
+
+def gla_inputs(
+    into: Tensor, log_fwd: Tensor, log_bwd: Tensor, b: int, h: int
+) -> tuple[Tensor, ...]:
+    """q, k, v and the log gates as (B, N, H, D), views."""
+    q, k, v = heads(into, b, h, log_fwd.shape[1])
+    return q, k, v, log_fwd.view(q.shape), log_bwd.view(q.shape)
 
 
 def heads(into: Tensor, b: int, h: int, half: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,10 +205,9 @@ def backward(
         torch.mm(dbranch, half.out), s.silu, s.eps[2], blended, dinto[:, 2 * c : 3 * c],
     )  # fmt: skip
     dout = weight_grad(dbranch, blended, wide)
-    qkv = heads(k.into, b, s.num_heads, c // 2)
-    logs = (k.log_fwd.view(qkv[0].shape), k.log_bwd.view(qkv[0].shape))
+    views = gla_inputs(k.into, k.log_fwd, k.log_bwd, b, s.num_heads)
     dfwd, dbwd = bigla.compute_backward_into(
-        *qkv, *logs, dmixed.view(qkv[2].shape), (c // 2 // s.num_heads) ** -0.5,
+        *views, dmixed.view(views[2].shape), (c // 2 // s.num_heads) ** -0.5,
         heads(dinto, b, s.num_heads, c // 2),
     )  # fmt: skip
     low = k.into[:, 3 * c :]
