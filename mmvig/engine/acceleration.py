@@ -3,6 +3,7 @@
 import logging
 
 import torch
+from mmengine.dist import is_distributed
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
@@ -39,7 +40,8 @@ class CompileBackboneHook(Hook):
 class CudaGraphHook(Hook):
     """Replays CUDA graphs of the backbone in validation and test, and on request in training.
 
-    In a config: `custom_hooks = [dict(type='CudaGraphHook')]`.
+    In a config: `custom_hooks = [dict(type='CudaGraphHook')]`. In one process replayed backward
+    passes add gradients to the weights directly; see `direct_gradients` of `CudaGraphs`.
 
     Args:
         max_graphs: Input sizes whose graphs are kept; see `CudaGraphs`.
@@ -59,4 +61,9 @@ class CudaGraphHook(Hook):
                 logger='current',
                 level=logging.WARNING,
             )
-        use_cuda_graphs(find_backbone(runner.model), self.max_graphs, self.training)
+        use_cuda_graphs(
+            find_backbone(runner.model),
+            self.max_graphs,
+            self.training,
+            direct_gradients=not is_distributed(),
+        )

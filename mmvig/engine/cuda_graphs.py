@@ -17,7 +17,10 @@ Maps = tuple[Tensor, ...]
 
 
 def use_cuda_graphs(
-    backbone: nn.Module, max_graphs: int = 16, training: bool = False
+    backbone: nn.Module,
+    max_graphs: int = 16,
+    training: bool = False,
+    direct_gradients: bool = False,
 ) -> 'CudaGraphs':
     """Has a backbone replay CUDA graphs from its next call on.
 
@@ -28,6 +31,7 @@ def use_cuda_graphs(
         backbone: Takes an image batch and returns a tuple of maps.
         max_graphs: Sizes whose graphs are kept; see `CudaGraphs`.
         training: Whether training steps are recorded, too, and not inference alone.
+        direct_gradients: As of `CudaGraphs`.
 
     Returns:
         The graphs; their `remove()` takes them away again.
@@ -35,7 +39,7 @@ def use_cuda_graphs(
     Raises:
         ValueError: If no graph could be kept, or the backbone recomputes activations.
     """
-    graphs = CudaGraphs(backbone, max_graphs, training)
+    graphs = CudaGraphs(backbone, max_graphs, training, direct_gradients)
     # what Module.compile() sets: called in place of forward, and left out of copies and pickles
     backbone._compiled_call_impl = graphs
     return graphs
@@ -65,6 +69,10 @@ class CudaGraphs:
             GPU, and in inference draws no random numbers.
         max_graphs: Of how many sizes graphs are kept, those used last.
         training: Whether training steps are recorded, too.
+        direct_gradients: Whether a backward pass adds gradients to the parameters' `.grad` itself,
+            not through autograd's nodes, which take the host milliseconds. For training with
+            `loss.backward()` in one process: `torch.autograd.grad` does not see the parameters, and
+            `DistributedDataParallel` not their gradients. Those with hooks get theirs as usual.
 
     Raises:
         ValueError: If no graph could be kept, or if training steps were to be recorded of a module
@@ -73,13 +81,19 @@ class CudaGraphs:
 
     device_type = 'cuda'
 
-    def __init__(self, module: nn.Module, max_graphs: int = 16, training: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        max_graphs: int = 16,
+        training: bool = False,
+        direct_gradients: bool = False,
+    ) -> None:
         if max_graphs < 1:
             raise ValueError(f'max_graphs must be at least 1, got {max_graphs}')
         if training:
             _refuse_recomputation(module)
         self.max_graphs = max_graphs
-        self._training = training
+        self._training, self._direct = training, direct_gradients
         self._module = module
         self._before = module._compiled_call_impl
         self._function = self._before or module._call_impl
@@ -153,7 +167,7 @@ class CudaGraphs:
                 del self._graphs[key]
             self._memory = SharedMemory()
         recording = TrainingRecording(self._function, x, self._module, self._memory)
-        return partial(replay, recording)
+        return partial(replay, recording, direct_gradients=self._direct)
 
 
 def _refuse_recomputation(module: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Batches as one buffer: equal to mmengine's through a loader's processes, pinned or not."""
 
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmvig.datasets import PackedMasks, one_buffer_collate
-from mmvig.datasets.one_buffer import OneBufferBatch
+from mmvig.datasets.one_buffer import OneBufferBatch, _give_pages_back
 
 
 class Samples(Dataset):
@@ -84,6 +85,16 @@ def test_a_batch_is_pickled_as_one_tensor_and_pinned_by_one_copy(monkeypatch) ->
     (buffer,) = pinned
     assert {t.untyped_storage().data_ptr() for t in flat(result)} == {buffer.data_ptr()}
     assert {id(t) for t in flat(result)} == before
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='Linux alone can give pages back')
+def test_pages_of_shared_memory_alone_are_given_back() -> None:
+    shared, own = (torch.full((1 << 20,), 7, dtype=torch.uint8) for _ in range(2))
+    shared.share_memory_()
+    for buffer in (shared, own, own[4096:]):
+        _give_pages_back(buffer)
+    assert not shared.any()
+    assert (own == 7).all()
 
 
 def test_a_batch_that_never_left_its_process_is_pinned_as_it_is() -> None:

@@ -139,6 +139,17 @@ def test_the_hook_finds_the_backbone_and_a_model_without_one_is_refused() -> Non
     assert model.backbone._compiled_call_impl.max_graphs == 3
 
 
+@pytest.mark.parametrize('distributed', [False, True])
+def test_the_hook_adds_gradients_directly_in_one_process_only(
+    distributed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(acceleration, 'is_distributed', lambda: distributed)
+    model = nn.Module()
+    model.backbone = Doubled()
+    CudaGraphHook(training=True).before_run(type('Runner', (), dict(model=model)))
+    assert model.backbone._compiled_call_impl._direct is not distributed
+
+
 @pytest.mark.parametrize('gpu', [False, True])
 def test_the_hook_says_that_it_needs_a_gpu(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     said = []

@@ -74,8 +74,8 @@ class FakeGraphs(CudaGraphs):
 
     device_type = 'cpu'
 
-    def __init__(self, module: nn.Module, training: bool = True) -> None:
-        super().__init__(module, 8, training)
+    def __init__(self, module: nn.Module, training: bool = True, direct: bool = False) -> None:
+        super().__init__(module, 8, training, direct_gradients=direct)
         self.recorded: list[int] = []
 
     def _record_training(self, x: Tensor) -> Callable:
@@ -83,10 +83,10 @@ class FakeGraphs(CudaGraphs):
         return super()._record_training(x)
 
 
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> FakeGraphs:
+@pytest.fixture(params=[False, True], ids=['through autograd', 'direct'])
+def graphs(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> FakeGraphs:
     monkeypatch.setattr(cuda_graphs, 'TrainingRecording', FakeRecording)
-    return FakeGraphs(Net())
+    return FakeGraphs(Net(), direct=request.param)
 
 
 def step(graphs: FakeGraphs, side: int = 3) -> dict[str, float | None]:
@@ -152,6 +152,39 @@ def test_gradients_add_up_over_steps(graphs) -> None:
     outs = graphs(torch.ones(3))
     sum(out.sum() for out in outs).backward()
     assert graphs._module.weight.grad == 12.0
+
+
+def nodes(graphs: FakeGraphs) -> int:
+    """How many parameters have a node of autograd behind the outputs."""
+    node = graphs(torch.ones(3))[0].grad_fn
+    leaves = [leaf.variable for leaf, _ in node.next_functions if leaf is not None]
+    return sum(any(leaf is p for leaf in leaves) for p in graphs._module.parameters())
+
+
+def test_direct_gradients_take_no_node_a_parameter(graphs) -> None:
+    step(graphs)
+    step(graphs)
+    assert nodes(graphs) == (0 if graphs._direct else 2)
+
+
+@pytest.mark.parametrize('register', ['register_hook', 'register_post_accumulate_grad_hook'])
+def test_parameters_with_hooks_get_their_gradients_through_autograd(graphs, register: str) -> None:
+    step(graphs)
+    step(graphs)
+    getattr(graphs._module.weight, register)(lambda _: None)
+    assert nodes(graphs) == 2
+
+
+def test_parameters_in_another_order_in_memory_have_such_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cuda_graphs, 'TrainingRecording', FakeRecording)
+    conv = PartlyFrozen().to(memory_format=torch.channels_last)
+    graphs = FakeGraphs(conv, direct=True)
+    for _ in range(3):
+        conv.zero_grad()
+        graphs(torch.ones(1, 3, 16, 16))[1].sum().backward()
+    assert conv.second.weight.grad.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_an_output_that_is_not_used_counts_nothing(graphs) -> None:
@@ -293,6 +326,7 @@ TOLERANCE = {torch.float32: dict(default=2e-3), torch.bfloat16: dict(default=5e-
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize('direct', [False, True], ids=['through autograd', 'direct'])
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
 @pytest.mark.parametrize(
     'build',
@@ -305,13 +339,16 @@ TOLERANCE = {torch.float32: dict(default=2e-3), torch.bfloat16: dict(default=5e-
     ids=['adapter', 'ViG', 'ViG-H', 'partly frozen'],
 )
 def test_replaying_changes_nothing(
-    build: Callable[[], nn.Module], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    build: Callable[[], nn.Module],
+    dtype: torch.dtype,
+    direct: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also when sizes alternate, a larger one comes late, and an optimizer changes the weights."""
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     models = [build().cuda().train() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    graphs = use_cuda_graphs(models[1], training=True)
+    graphs = use_cuda_graphs(models[1], training=True, direct_gradients=direct)
     optimizers = [torch.optim.SGD(m.parameters(), lr=1e-4) for m in models]
     sizes = [(64, 96), (96, 64), (128, 96)]
     for size in (0, 1, 0, 1, 0, 2, 2, 1, 1, 0, 0, 2):
