@@ -2,6 +2,7 @@
 
 from mmvig.kernels.batch_norm import batch_norm
 from mmvig.kernels.bigla import bidirectional_gla
+from mmvig.kernels.channels_last import channels_last
 from mmvig.kernels.depthwise_conv import depthwise_conv
 from mmvig.kernels.finest_map import finest_map
 from mmvig.kernels.gated_head_norm import gated_head_norm
@@ -18,6 +19,7 @@ from mmvig.kernels.swiglu_product import swiglu_product
 __all__ = [
     'batch_norm',
     'bidirectional_gla',
+    'channels_last',
     'depthwise_conv',
     'finest_map',
     'gated_head_norm',

@@ -372,3 +372,8 @@ def patch_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: in
         (B, C, OH, OW) in the dtype of x.
     """
     return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), stride, padding)
+
+
+def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (B, CIN, H, W) in a dtype, channels last in memory."""
+    return x.to(dtype=dtype, memory_format=torch.channels_last)

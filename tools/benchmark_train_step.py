@@ -119,9 +119,12 @@ def use_our_heads(cfg: Config) -> None:
         raise ValueError(f'--our-heads takes Mask R-CNN configs, got a {model.type}')
     heads = model.roi_head
     model.rpn_head.type, heads.type = 'BatchedRPNHead', 'BatchedRoIHead'
-    heads.mask_head.type = 'PackedMaskHead'
+    heads.bbox_head.type, heads.mask_head.type = 'BatchedBBoxHead', 'PackedMaskHead'
+    for head in (model.rpn_head, heads.bbox_head):
+        head.bbox_coder.type = 'AsyncDeltaXYWHBBoxCoder'
     heads.bbox_roi_extractor.type = heads.mask_roi_extractor.type = 'Float32RoIExtractor'
-    model.data_preprocessor.non_blocking = cfg.train_dataloader.pin_memory = True
+    model.data_preprocessor.type = 'AsyncDetDataPreprocessor'
+    cfg.train_dataloader.pin_memory = True
     cfg.train_dataloader.collate_fn = dict(type='one_buffer_collate')
     hooks = dict(early_losses=dict(type='EarlyLossHook'))
     cfg.default_hooks = {**cfg.get('default_hooks', {}), **hooks}

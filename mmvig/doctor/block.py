@@ -139,6 +139,10 @@ def _patch_conv(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
     return [(image,), rand(dims, 3, 9, 9, dtype=FP32), rand(dims, dtype=FP32), 8, 1]
 
 
+def _channels_last(rand: Random, dtype: torch.dtype, dims: int) -> Inputs:
+    return [rand(2, 3, 37, 50 + dims, dtype=FP32), dtype]
+
+
 # Operator, and what makes its arguments, by the case's name.
 DRAW: dict[str, tuple[str, Callable[[Random, torch.dtype, int], Inputs]]] = {
     'swiglu': ('swiglu', _swiglu),
@@ -153,6 +157,7 @@ DRAW: dict[str, tuple[str, Callable[[Random, torch.dtype, int], Inputs]]] = {
     'batch_norm, ReLU, pooling': ('batch_norm', _pooled_norm),
     'batch_norm': ('batch_norm', _plain_norm),
     'batch_norm, given statistics, ReLU': ('batch_norm', _given_norm),
+    'channels_last': ('channels_last', _channels_last),
     'stem_conv': ('stem_conv', _stem_conv),
     'stem_conv, ReLU': ('stem_conv', _stem_conv_relu),
     'patch_conv': ('patch_conv', _patch_conv),

@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor, nn
+
+Conversion = Callable[..., Tensor]
 
 
 @contextmanager
@@ -16,6 +19,19 @@ def ready_to_capture(device: torch.device) -> Iterator[None]:
     enabled, dtype = torch.is_autocast_enabled('cuda'), torch.get_autocast_dtype('cuda')
     with torch.cuda.device(device), torch.autocast('cuda', dtype, enabled, cache_enabled=False):
         yield
+
+
+def conversion(module: nn.Module) -> Conversion:
+    """What a graph's memory for inputs is made by, of an input x and, later, that memory as `out`.
+
+    A module with a method `convert_image(x, out=None)` has its images converted on the way there,
+    which then costs no pass of its own; the module has to take them in either form.
+    """
+    return getattr(module, 'convert_image', _keep)
+
+
+def _keep(x: Tensor, out: Tensor | None = None) -> Tensor:
+    return x if out is None else out.copy_(x)
 
 
 def run_beside(function: Callable[[], object]) -> None:

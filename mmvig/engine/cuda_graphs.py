@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mmvig.engine.capture import ready_to_capture, run_beside
+from mmvig.engine.capture import Conversion, conversion, ready_to_capture, run_beside
 from mmvig.engine.training_graphs import SharedMemory, TrainingRecording, replay
 from mmvig.models.layers.deform_attn import cached_levels
 from mmvig.models.layers.kept import recording
@@ -97,6 +97,8 @@ class CudaGraphs:
         self._module = module
         self._before = module._compiled_call_impl
         self._function = self._before or module._call_impl
+        # what is compiled would be compiled once more for images in another form
+        self._convert = conversion(nn.Identity() if self._before else module)
         self._weights = [*module.parameters(), *module.buffers()]
         self._places: list[tuple[int, bool]] = []
         self._seen: set[Hashable] = set()
@@ -158,7 +160,7 @@ class CudaGraphs:
 
     def _record(self, x: Tensor) -> Callable[[Tensor], Maps]:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        return _Recording(self._function, x, self._pool)
+        return _Recording(self._function, x, self._pool, self._convert)
 
     def _record_training(self, x: Tensor) -> Callable[[Tensor], Maps]:
         if x.numel() > self._largest:
@@ -166,7 +168,8 @@ class CudaGraphs:
             for key in [key for key in self._graphs if key[-1]]:
                 del self._graphs[key]
             self._memory = SharedMemory()
-        recording = TrainingRecording(self._function, x, self._module, self._memory)
+        args = (self._function, x, self._module, self._memory, self._convert)
+        recording = TrainingRecording(*args)
         return partial(replay, recording, direct_gradients=self._direct)
 
 
@@ -184,8 +187,11 @@ def _refuse_recomputation(module: nn.Module) -> None:
 class _Recording:
     """One graph, with the memory that it reads and writes."""
 
-    def __init__(self, function: Callable[[Tensor], Maps], x: Tensor, pool: object) -> None:
-        self._input = x.clone()
+    def __init__(
+        self, function: Callable[[Tensor], Maps], x: Tensor, pool: object, convert: Conversion
+    ) -> None:
+        self._convert, self._input = convert, torch.empty_like(convert(x))
+        convert(x, out=self._input)
         self._graph = torch.cuda.CUDAGraph()
         with ready_to_capture(x.device):
             run_beside(lambda: function(self._input))
@@ -197,7 +203,7 @@ class _Recording:
         self._tables = cached_levels()  # the graph reads them, whether they stay cached or not
 
     def __call__(self, x: Tensor) -> Maps:
-        self._input.copy_(x)
+        self._convert(x, out=self._input)
         for made in self._kept:  # weights that were cast before the capture
             made.refresh()
         self._graph.replay()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 
-from mmvig.engine.capture import ready_to_capture, run_beside
+from mmvig.engine.capture import Conversion, ready_to_capture, run_beside
 from mmvig.models.layers.deform_attn import cached_levels
 
 Maps = tuple[Tensor, ...]
@@ -89,6 +89,7 @@ class TrainingRecording:
         x: The first input.
         module: What `function` calls: the parameters that need a gradient, and the buffers.
         memory: Shared with the other recordings of the module.
+        convert: Makes of an input what `function` is called with; see `capture.conversion`.
 
     Attributes:
         params: The parameters that need a gradient.
@@ -96,12 +97,18 @@ class TrainingRecording:
     """
 
     def __init__(
-        self, function: Callable[[Tensor], Maps], x: Tensor, module: nn.Module, memory: SharedMemory
+        self,
+        function: Callable[[Tensor], Maps],
+        x: Tensor,
+        module: nn.Module,
+        memory: SharedMemory,
+        convert: Conversion,
     ) -> None:
         self.params = [p for p in module.parameters() if p.requires_grad]
         self.memory = memory
-        (self._input,) = memory.like('image', [x.contiguous()])
-        self._input.copy_(x)
+        self._convert = convert
+        (self._input,) = memory.like('image', [torch.empty_like(convert(x))])
+        convert(x, out=self._input)
         self._grads = memory.flat_like('gradients of parameters', self.params)
         self._buffers = list(module.buffers())
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -133,7 +140,7 @@ class TrainingRecording:
 
     def forward(self, x: Tensor) -> Maps:
         """Replays the forward pass."""
-        self._input.copy_(x)
+        self._convert(x, out=self._input)
         self._forward.replay()
         for buffer in self._buffers:  # what is made of running means has to be made anew
             torch.autograd.graph.increment_version(buffer)

@@ -2,14 +2,18 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mmvig.engine import CudaGraphHook, CudaGraphs, acceleration, use_cuda_graphs
+from mmvig.engine.capture import conversion
 from mmvig.engine.cuda_graphs import _Recording
 from mmvig.models import ViTAdapter
+from tests.models.test_vig import small_vig
+from tests.models.test_vig_h import small_vig_h
 from tests.models.test_vit_adapter import small_adapter
 
 
@@ -168,6 +172,7 @@ def test_kept_weights_are_made_anew_before_a_replay() -> None:
 
     calls = []
     recording = object.__new__(_Recording)
+    recording._convert = conversion(nn.Identity())
     recording._input, recording._outputs = torch.zeros(2), (torch.ones(2),)
     recording._kept, recording._graph = [Noted('refresh')], Noted('replay')
     recording(torch.ones(2))
@@ -209,3 +214,26 @@ def test_replaying_changes_nothing(compiled: bool) -> None:
     for out, y, before in zip(changed, again, expected, strict=False):
         assert (out - y).norm() / y.norm() < limit
         assert (out - before).norm() / before.norm() > 1e-2
+
+
+@pytest.mark.parametrize('build', [small_vig, small_vig_h, small_adapter])
+def test_images_may_be_converted_before_the_backbone(build: Callable[..., nn.Module]) -> None:
+    """Where they lie for a graph; outputs are the same to the bit."""
+    module, x = build().eval(), torch.randn(2, 3, 72, 40)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        expected = module(x)
+        place = torch.empty_like(conversion(module)(x))
+        assert place.dtype == torch.bfloat16
+        assert place.is_contiguous(memory_format=torch.channels_last)
+        assert conversion(module)(x, out=place) is place
+        found = module(place)
+    for out, y in zip(found, expected, strict=True):
+        assert torch.equal(out, y) and out.stride() == y.stride()
+
+
+def test_images_of_other_modules_stay_as_they_are() -> None:
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    convert = conversion(nn.Conv2d(3, 4, 1))
+    place = torch.empty_like(convert(x))
+    assert place.stride() == x.stride()
+    assert torch.equal(convert(x, out=place), x)

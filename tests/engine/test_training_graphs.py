@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmvig.engine import CudaGraphs, cuda_graphs, training_graphs, use_cuda_graphs
+from mmvig.engine.capture import conversion
 from mmvig.engine.training_graphs import SharedMemory, TrainingRecording, _Aliased
 from mmvig.models.layers.deform_attn import MAX_LEVELS, make_levels
 from tests.models.test_vig import small_vig
@@ -50,7 +51,7 @@ class FakeRecording:
     """What a recording does, by calls of the module."""
 
     def __init__(
-        self, function: Callable, x: Tensor, module: nn.Module, memory: SharedMemory
+        self, function: Callable, x: Tensor, module: nn.Module, memory: SharedMemory, *_: Callable
     ) -> None:
         self.module, self.memory = module, memory
         self.params = [p for p in module.parameters() if p.requires_grad]
@@ -282,7 +283,8 @@ def test_a_recording_keeps_the_tables_that_its_graphs_read(monkeypatch: pytest.M
     monkeypatch.setattr(training_graphs, '_warm_up', lambda *args: None)
     monkeypatch.setattr(TrainingRecording, '_capture', lambda self, step: None)
     table = weakref.ref(make_levels([(3, 5)], torch.device('cpu')))
-    recording = TrainingRecording(None, torch.ones(3), Net(), SharedMemory())
+    args = (None, torch.ones(3), Net(), SharedMemory())
+    recording = TrainingRecording(*args, lambda x, out=None: x)
     for side in range(1, MAX_LEVELS + 1):
         make_levels([(side, 7)], torch.device('cpu'))
     assert table() is not None
@@ -293,6 +295,7 @@ def test_a_recording_keeps_the_tables_that_its_graphs_read(monkeypatch: pytest.M
 def test_a_replay_counts_as_a_change_of_the_buffers() -> None:
     recording = TrainingRecording.__new__(TrainingRecording)
     recording._input, recording._outs, recording._buffers = torch.zeros(3), [], [torch.zeros(2)]
+    recording._convert = conversion(nn.Identity())
     recording._forward = nn.Identity()
     recording._forward.replay = lambda: None
     recording.forward(torch.ones(3))

@@ -31,7 +31,9 @@ from .interpreter import run_interpreted
 WHATS = sorted(what for what in block.DRAW if 'many tokens' not in what)
 whats = pytest.mark.parametrize('what', WHATS)
 # Others' plain form, which torch.compile sees, too, is PyTorch's operators one by one.
-PLAIN = ('batch_norm', 'finest_map', 'patch_conv', 'sampling_points', 'stem_conv')
+PLAIN = (
+    'batch_norm', 'channels_last', 'finest_map', 'patch_conv', 'sampling_points', 'stem_conv',
+)  # fmt: skip
 registered = pytest.mark.parametrize(
     'what', [what for what in WHATS if block.DRAW[what][0] not in PLAIN]
 )
@@ -286,7 +288,8 @@ def test_checkpointing_and_second_derivatives(what: str) -> None:
     ):
         torch.testing.assert_close(x, y)
     # PyTorch's operators, where gradients are wanted, or in float32
-    if 'given' in what or what.split(',')[0] in ('finest_map', 'patch_conv', 'stem_conv'):
+    theirs = ('channels_last', 'finest_map', 'patch_conv', 'stem_conv')
+    if 'given' in what or what.split(',')[0] in theirs:
         return
     out = function(*args)
     out = out[-1] if isinstance(out, tuple) else out

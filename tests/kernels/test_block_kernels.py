@@ -18,6 +18,7 @@ skip_without_kernels()
 
 from mmvig.kernels import (  # noqa: E402
     batch_norm_kernels,
+    channels_last_kernels,
     depthwise_conv_kernels,
     finest_map_kernels,
     gated_head_norm_kernels,
@@ -324,6 +325,18 @@ def test_stem_conv(
     wide = None if norm is None else [t.double() for t in norm]
     args = (x.double().permute(0, 3, 1, 2), weight.to(dtype).double(), wide, 1e-3, whole)
     assert_close({'out': out}, {'out': reference.stem_conv(*args).permute(0, 2, 3, 1)}, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize('shape', [(2, 3, 37, 26), (1, 2, 1, 1), (3, 4, 32, 24)])
+def test_channels_last(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Copies: the same bits as PyTorch's, of planes and into images with gaps between them."""
+    b, cin, h, w = shape
+    x = rand(b, cin + 1, h, w)[:, :cin]
+    out = torch.zeros(b, 2, h, w, cin, dtype=dtype, device=DEVICE)
+    channels_last_kernels.launch(x, out[:, 0].permute(0, 3, 1, 2))
+    assert torch.equal(out[:, 0], x.permute(0, 2, 3, 1).to(dtype))
+    assert not out[:, 1].any()
 
 
 @dtypes

@@ -193,6 +193,7 @@ LAUNCHERS = [
     ('residual_norm_kernels', 'backward'),
     ('swiglu_kernels', 'forward'),
     ('swiglu_kernels', 'backward'),
+    ('channels_last_kernels', 'launch'),
     ('sampling_points_kernels', 'forward'),
     ('sampling_points_kernels', 'backward'),
     ('resized_sum_kernels', 'forward'),

@@ -45,7 +45,10 @@ def test_our_heads_are_those_of_the_base(tmp_path: Path, monkeypatch: pytest.Mon
     for cfg in (theirs, ours):
         use_our_heads(cfg)
     for path in (
+        'data_preprocessor',
         'rpn_head',
+        'rpn_head.bbox_coder',
+        'roi_head.bbox_head.bbox_coder',
         'roi_head',
         'roi_head.bbox_head',
         'roi_head.mask_head',
@@ -62,7 +65,7 @@ def test_our_heads_are_those_of_the_base(tmp_path: Path, monkeypatch: pytest.Mon
     for cfg in (theirs, ours):
         steps = [step['type'] for step in cfg.train_dataloader.dataset.pipeline]
         assert steps[-2:] == ['PackMasks', 'PackDetInputs']
-        assert cfg.train_dataloader.pin_memory and cfg.model.data_preprocessor.non_blocking
+        assert cfg.train_dataloader.pin_memory
         assert cfg.train_dataloader.collate_fn == dict(type='one_buffer_collate')
         assert cfg.default_hooks.early_losses == dict(type='EarlyLossHook')
         settings = cfg.optim_wrapper.optimizer

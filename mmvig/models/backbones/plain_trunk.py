@@ -81,6 +81,8 @@ class PlainTrunk(BaseModule):
         self.norm = norm
         self._freeze()
 
+    convert_image = staticmethod(to_conv_input)  # for CUDA graphs, before `forward`
+
     @property
     def out_channels(self) -> tuple[int, ...]:
         """Channels of each map that is returned."""

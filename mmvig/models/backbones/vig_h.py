@@ -141,6 +141,8 @@ class ViGH(BaseModule):
         self._reset_parameters()
         self._freeze()
 
+    convert_image = staticmethod(to_conv_input)  # for CUDA graphs, before `forward`
+
     @property
     def out_channels(self) -> tuple[int, ...]:
         """Channels of each map that is returned."""

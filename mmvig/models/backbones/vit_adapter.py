@@ -117,6 +117,8 @@ class ViTAdapter(BaseModule):
             self.add_module(f'norm{i + 1}', build_norm_layer(norm_cfg, dims)[1])
         self._reset_parameters()
 
+    convert_image = staticmethod(to_conv_input)  # for CUDA graphs, before `forward`
+
     @property
     def out_channels(self) -> tuple[int, ...]:
         """Channels of each map that is returned."""

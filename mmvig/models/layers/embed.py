@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from mmvig.kernels import residual_norm
+from mmvig.kernels import channels_last, residual_norm
 from mmvig.kernels.dispatch import working_dtype
 from mmvig.models.layers.conv import Conv2d, PatchConv2d
 from mmvig.models.layers.kept import Kept, is_capturing
@@ -79,13 +79,13 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h or pad_w else x
 
 
-def to_conv_input(x: Tensor) -> Tensor:
+def to_conv_input(x: Tensor, out: Tensor | None = None) -> Tensor:
     """The image (B, C, H, W) as convs on a GPU want it: channels last, and cast if autocast would.
 
     Casting once serves every conv that reads it, and what convs make of a channels-last map are
-    tokens without a copy.
+    tokens without a copy. What is so already stays as it is; if out is given it is written there.
     """
-    return x.to(dtype=working_dtype(x), memory_format=torch.channels_last)
+    return channels_last(x, working_dtype(x), out)
 
 
 class MapNorm(LayerNorm2d):

@@ -12,8 +12,12 @@ from .conftest import HEIGHT, WIDTH, random_truths
 
 SIZES = [(HEIGHT, WIDTH), (100, 130)]
 THEIRS = {
+    'data_preprocessor': 'DetDataPreprocessor',
     'rpn_head': 'RPNHead',
     'roi_head': 'StandardRoIHead',
+    'rpn_head.bbox_coder': 'DeltaXYWHBBoxCoder',
+    'roi_head.bbox_head': 'Shared2FCBBoxHead',
+    'roi_head.bbox_head.bbox_coder': 'DeltaXYWHBBoxCoder',
     'roi_head.bbox_roi_extractor': 'SingleRoIExtractor',
     'roi_head.mask_roi_extractor': 'SingleRoIExtractor',
     'roi_head.mask_head': 'FCNMaskHead',

@@ -61,6 +61,8 @@ def test_losses_and_gradients(
     ours = settings(copy.deepcopy(cfg))
     for part in ('bbox_roi_extractor', 'mask_roi_extractor'):
         cfg.roi_head[part].type = 'SingleRoIExtractor'
+    cfg.roi_head.bbox_head.type = 'Shared2FCBBoxHead'
+    cfg.roi_head.bbox_head.bbox_coder.type = 'DeltaXYWHBBoxCoder'
     cfg.roi_head.mask_head.type = 'FCNMaskHead'
     heads = build_pair('BatchedRoIHead', 'StandardRoIHead', ours, settings(cfg))
     sizes = [(HEIGHT // s, WIDTH // s) for s in (4, 8, 16, 32, 64)]

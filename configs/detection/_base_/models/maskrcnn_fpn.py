@@ -1,20 +1,20 @@
 # Mask R-CNN with a feature pyramid of 256 channels and 5 levels, as in mmdet's 1x recipes.
-# A child gives the backbone and the neck's in_channels. Heads of the same names without Batched,
-# Float32 or Packed are mmdet's: equal in float32, twice the step's time (docs/benchmarks.md).
-box_coder = dict(type='DeltaXYWHBBoxCoder', target_means=[0.0, 0.0, 0.0, 0.0])
+# A child gives the backbone and the neck's in_channels. Parts of the same names without Async,
+# Batched, Float32 or Packed are mmdet's, and BatchedBBoxHead is its Shared2FCBBoxHead: equal in
+# float32, twice the step's time (docs/benchmarks.md).
+box_coder = dict(type='AsyncDeltaXYWHBBoxCoder', target_means=[0.0, 0.0, 0.0, 0.0])
 nms = dict(type='nms', iou_threshold=0.7)
 strides = [4, 8, 16, 32]
 
 model = dict(
     type='MaskRCNN',
     data_preprocessor=dict(
-        type='DetDataPreprocessor',
+        type='AsyncDetDataPreprocessor',
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,
         pad_mask=True,
         pad_size_divisor=32,
-        non_blocking=True,  # the loaders pin their batches
     ),
     neck=dict(type='FPN', out_channels=256, num_outs=5),
     rpn_head=dict(
@@ -37,7 +37,7 @@ model = dict(
             featmap_strides=strides,
         ),
         bbox_head=dict(
-            type='Shared2FCBBoxHead',
+            type='BatchedBBoxHead',
             in_channels=256,
             fc_out_channels=1024,
             roi_feat_size=7,

@@ -24,6 +24,7 @@ train_dataloader = dict(
     batch_size=2,
     num_workers=4,
     persistent_workers=True,
+    pin_memory=True,
     collate_fn=dict(type='one_buffer_collate'),
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(

@@ -1,0 +1,71 @@
+"""mmdet's box head with two shared layers; its losses do not wait for the device."""
+
+import torch
+from mmdet.models.losses import accuracy
+from mmdet.models.roi_heads.bbox_heads import Shared2FCBBoxHead
+from mmdet.models.task_modules.samplers import SamplingResult
+from mmengine.config import ConfigDict
+from torch import Tensor
+
+
+class BatchedBBoxHead(Shared2FCBBoxHead):
+    """mmdet's `Shared2FCBBoxHead` with the same losses.
+
+    How many boxes are positive is known from the sampling, and that they come first; mmdet looks
+    for them on the device, eight times a step, and computes each image's targets by itself.
+    """
+
+    def loss_and_target(
+        self,
+        cls_score: Tensor,
+        bbox_pred: Tensor,
+        rois: Tensor,
+        sampling_results: list[SamplingResult],
+        rcnn_train_cfg: ConfigDict,
+        concat: bool = True,
+        reduction_override: str | None = None,
+    ) -> dict[str, dict]:
+        """Losses of all boxes; arguments as mmdet's, whose targets are not returned.
+
+        Raises:
+            ValueError: For settings that only mmdet's own head has.
+        """
+        if self.reg_decoded_bbox or self.custom_activation or not concat or reduction_override:
+            raise ValueError(
+                f'{type(self).__name__} takes encoded boxes and a plain loss, got reg_decoded_bbox='
+                f'{self.reg_decoded_bbox}, loss_cls={self.loss_cls}, concat={concat}, '
+                f'reduction_override={reduction_override}; use Shared2FCBBoxHead'
+            )
+        positives = [len(r.pos_priors) for r in sampling_results]
+        negatives = [len(r.neg_priors) for r in sampling_results]
+        rows = [part for pair in zip(positives, negatives, strict=True) for part in pair]
+        own_labels = [r.pos_gt_labels for r in sampling_results]
+        labels = rois.new_full((len(rois),), self.num_classes, dtype=torch.long)
+        weights = torch.ones_like(rois[:, 0])
+        parts = zip(labels.split(rows)[::2], weights.split(rows)[::2], own_labels, strict=True)
+        for part, weight, own in parts:
+            part.copy_(own)
+            if rcnn_train_cfg.pos_weight > 0:
+                weight.fill_(rcnn_train_cfg.pos_weight)
+        deltas = torch.cat(bbox_pred.split(rows)[::2])
+        box_loss = self._box_loss(deltas, torch.cat(own_labels), sampling_results, len(rois))
+        losses = dict(
+            loss_cls=self.loss_cls(cls_score, labels, weights, avg_factor=max(len(rois), 1)),
+            acc=accuracy(cls_score, labels),
+            loss_bbox=box_loss,
+        )
+        return dict(loss_bbox=losses)
+
+    def _box_loss(
+        self, deltas: Tensor, labels: Tensor, samples: list[SamplingResult], count: int
+    ) -> Tensor:
+        if len(deltas) == 0:
+            return deltas.sum()
+        if not self.reg_class_agnostic:
+            own = torch.arange(len(labels), device=labels.device)
+            deltas = deltas.unflatten(1, (self.num_classes, -1))[own, labels]
+        targets = self.bbox_coder.encode(
+            torch.cat([s.pos_priors for s in samples]),
+            torch.cat([s.pos_gt_bboxes for s in samples]),
+        )
+        return self.loss_bbox(deltas, targets, avg_factor=count)
