@@ -36,7 +36,8 @@ def test_det(stacked: bool, order: dict, device: str) -> None:
     inputs = images((21, 33), (21, 33) if stacked else (40, 9))
     samples = [DetDataSample(metainfo=dict(img_shape=x.shape[1:])) for x in inputs]
     found = []
-    for preprocess in pair('mmdet', 'DetDataPreprocessor', pad_size_divisor=32, **order):
+    settings = dict(pad_size_divisor=32, pad_value=7, **order)
+    for preprocess in pair('mmdet', 'DetDataPreprocessor', **settings):
         data = dict(inputs=torch.stack(inputs) if stacked else inputs, data_samples=samples)
         found.append(preprocess.to(device)(copy.deepcopy(data), training=True))
     ours, theirs = found
@@ -87,3 +88,10 @@ def test_they_are_found_without_a_scope() -> None:
     pytest.importorskip('mmdet', reason='mmdet is not installed')
     settings = dict(type='AsyncDetDataPreprocessor', non_blocking=False)
     assert MODELS.build(settings)._non_blocking is False
+
+
+def test_without_normalization() -> None:
+    data = dict(inputs=images((21, 33), (40, 9)))
+    settings = dict(mean=None, std=None, bgr_to_rgb=True, pad_size_divisor=16)
+    ours, theirs = (p(copy.copy(data)) for p in pair('mmdet', 'DetDataPreprocessor', **settings))
+    assert torch.equal(ours['inputs'], theirs['inputs'])

@@ -1,17 +1,17 @@
 """mmdet's data preprocessor; it does not wait for the device."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from mmdet.models.data_preprocessors import DetDataPreprocessor
 
-from mmvig.models.data_preprocessors.channels import reverse_channels
+from mmvig.models.data_preprocessors.stacking import StackingPreprocessor
 
 
-class AsyncDetDataPreprocessor(DetDataPreprocessor):
+class AsyncDetDataPreprocessor(DetDataPreprocessor, StackingPreprocessor):
     """mmdet's `DetDataPreprocessor`, with which the next step begins while this one is at work.
 
-    Takes its arguments; images are the same to the bit.
+    Takes its arguments; images are the same to the bit. What mmdet's has mmengine's
+    `ImgDataPreprocessor` do is done by `StackingPreprocessor`.
 
     Args:
         *args, **kwargs: As mmdet's.
@@ -21,11 +21,3 @@ class AsyncDetDataPreprocessor(DetDataPreprocessor):
 
     def __init__(self, *args: Any, non_blocking: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, non_blocking=non_blocking, **kwargs)
-        self._reverses, self._channel_conversion = self._channel_conversion, False
-
-    def cast_data(self, data: Any) -> Any:
-        """Moves a batch to the device, where its channels are reversed."""
-        data = super().cast_data(data)
-        if self._reverses and isinstance(data, Mapping) and 'inputs' in data:
-            data = {**data, 'inputs': reverse_channels(data['inputs'])}
-        return data
