@@ -207,4 +207,5 @@ class _Recording:
         for made in self._kept:  # weights that were cast before the capture
             made.refresh()
         self._graph.replay()
-        return tuple(out.clone() for out in self._outputs)
+        # from the last, which the caches still hold
+        return tuple([out.clone() for out in reversed(self._outputs)][::-1])
