@@ -24,8 +24,8 @@ class BatchedBBoxHead(Shared2FCBBoxHead):
         rcnn_train_cfg: ConfigDict,
         concat: bool = True,
         reduction_override: str | None = None,
-    ) -> dict[str, dict]:
-        """Losses of all boxes; arguments as mmdet's, whose targets are not returned.
+    ) -> dict[str, dict | tuple]:
+        """Losses of all boxes; arguments as mmdet's, of whose targets labels and weights come back.
 
         Raises:
             ValueError: For settings that only mmdet's own head has.
@@ -54,7 +54,7 @@ class BatchedBBoxHead(Shared2FCBBoxHead):
             acc=accuracy(cls_score, labels),
             loss_bbox=box_loss,
         )
-        return dict(loss_bbox=losses)
+        return dict(loss_bbox=losses, bbox_targets=(labels, weights))
 
     def _box_loss(
         self, deltas: Tensor, labels: Tensor, samples: list[SamplingResult], count: int
