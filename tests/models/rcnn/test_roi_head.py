@@ -120,3 +120,19 @@ def test_another_sampler_is_refused(cfg: ConfigDict, build_pair: Callable) -> No
     head = {**cfg.roi_head, 'train_cfg': cfg.train_cfg.rcnn, 'test_cfg': cfg.test_cfg.rcnn}
     with pytest.raises(ValueError, match='RandomSampler, got OHEMSampler'):
         build_pair('BatchedRoIHead', 'StandardRoIHead', head)
+
+
+def test_targets_that_cascades_refine_boxes_by(cfg: ConfigDict, build_pair: Callable) -> None:
+    head, _ = build_pair('BatchedRoIHead', 'BatchedRoIHead', settings(cfg))
+    truths = [random_truths(count) for count in COUNTS]
+    sampled = head.sample([b.bboxes for b in proposals(truths)], truths)
+    rois = torch.cat([torch.nn.functional.pad(s.priors, (1, 0)) for s in sampled])
+    classes = cfg.roi_head.bbox_head.num_classes
+    scores, deltas = torch.randn(len(rois), classes + 1), torch.randn(len(rois), 4 * classes)
+    found = [
+        part.loss_and_target(scores, deltas, rois, sampled, cfg.train_cfg.rcnn)
+        for part in build_pair('BatchedBBoxHead', 'Shared2FCBBoxHead', cfg.roi_head.bbox_head)
+    ]
+    ours, theirs = (f['bbox_targets'][:2] for f in found)
+    assert all(map(torch.equal, ours, theirs))
+    torch.testing.assert_close(*(f['loss_bbox'] for f in found))
