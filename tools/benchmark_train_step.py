@@ -119,9 +119,12 @@ def use_our_heads(cfg: Config) -> None:
         raise ValueError(f'--our-heads takes Mask R-CNN configs, got a {model.type}')
     heads = model.roi_head
     model.rpn_head.type, heads.type = 'BatchedRPNHead', 'BatchedRoIHead'
-    heads.bbox_head.type, heads.mask_head.type = 'BatchedBBoxHead', 'PackedMaskHead'
+    heads.mask_head.type = 'PackedMaskHead'
+    if heads.bbox_head.type == 'Shared2FCBBoxHead':
+        heads.bbox_head.type = 'BatchedBBoxHead'
     for head in (model.rpn_head, heads.bbox_head):
-        head.bbox_coder.type = 'AsyncDeltaXYWHBBoxCoder'
+        if head.bbox_coder.type == 'DeltaXYWHBBoxCoder':
+            head.bbox_coder.type = 'AsyncDeltaXYWHBBoxCoder'
     heads.bbox_roi_extractor.type = heads.mask_roi_extractor.type = 'Float32RoIExtractor'
     model.data_preprocessor.type = 'AsyncDetDataPreprocessor'
     cfg.train_dataloader.pin_memory = True

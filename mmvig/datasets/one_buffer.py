@@ -68,8 +68,16 @@ class OneBufferBatch(dict):
             pinned = self._buffer.pin_memory().untyped_storage()
             for view, start in self._views:
                 view.set_(pinned, start // view.itemsize, view.shape)
-            _give_pages_back(self._buffer)
+            if _is_alone(self._buffer):
+                _give_pages_back(self._buffer)
         return dict(self)
+
+
+def _is_alone(buffer: Tensor) -> bool:
+    """Whether no other tensor reads the buffer's memory."""
+    count = getattr(torch._C, '_storage_Use_Count', None)
+    storage = buffer.untyped_storage()  # the second that holds it
+    return count is not None and count(storage._cdata) == 2
 
 
 def _give_pages_back(buffer: Tensor) -> None:

@@ -40,18 +40,22 @@ class CompileBackboneHook(Hook):
 class CudaGraphHook(Hook):
     """Replays CUDA graphs of the backbone in validation and test, and on request in training.
 
-    In a config: `custom_hooks = [dict(type='CudaGraphHook')]`. In one process replayed backward
-    passes add gradients to the weights directly; see `direct_gradients` of `CudaGraphs`.
+    In a config: `custom_hooks = [dict(type='CudaGraphHook')]`.
 
     Args:
         max_graphs: Input sizes whose graphs are kept; see `CudaGraphs`.
         training: Whether training steps are recorded, too.
+        direct_gradients: As of `CudaGraphs`, for models that call no `torch.autograd.grad` with
+            the backbone's weights; None for where there is one process.
     """
 
     priority = 'LOW'  # after CompileBackboneHook, whose result is recorded
 
-    def __init__(self, max_graphs: int = 16, training: bool = False) -> None:
+    def __init__(
+        self, max_graphs: int = 16, training: bool = False, direct_gradients: bool | None = None
+    ) -> None:
         self.max_graphs, self.training = max_graphs, training
+        self.direct_gradients = direct_gradients
 
     def before_run(self, runner: Runner) -> None:
         """Records at the second call with each size; says so where there is no GPU to do that."""
@@ -61,9 +65,6 @@ class CudaGraphHook(Hook):
                 logger='current',
                 level=logging.WARNING,
             )
-        use_cuda_graphs(
-            find_backbone(runner.model),
-            self.max_graphs,
-            self.training,
-            direct_gradients=not is_distributed(),
-        )
+        direct = self.direct_gradients
+        direct = not is_distributed() if direct is None else direct
+        use_cuda_graphs(find_backbone(runner.model), self.max_graphs, self.training, direct)

@@ -25,9 +25,13 @@ def conversion(module: nn.Module) -> Conversion:
     """What a graph's memory for inputs is made by, of an input x and, later, that memory as `out`.
 
     A module with a method `convert_image(x, out=None)` has its images converted on the way there,
-    which then costs no pass of its own; the module has to take them in either form.
+    which then costs no pass of its own; the module has to take them in either form. A subclass
+    that has a `forward` of its own has to say so anew.
     """
-    return getattr(module, 'convert_image', _keep)
+    classes = type(module).__mro__
+    own = next((i for i, c in enumerate(classes) if 'convert_image' in vars(c)), len(classes))
+    forward = next(i for i, c in enumerate(classes) if 'forward' in vars(c))
+    return module.convert_image if own <= forward else _keep
 
 
 def _keep(x: Tensor, out: Tensor | None = None) -> Tensor:

@@ -214,7 +214,9 @@ def replay(recording: TrainingRecording, x: Tensor, direct_gradients: bool = Fal
             autograd would do: parameters have no hooks, and lie in memory in the usual order.
     """
     if direct_gradients and all(map(_only_accumulates, recording.params)):
-        return _Replayed.apply(recording, x, True, torch.empty(0, requires_grad=True))
+        # on the device, so that autograd has other streams wait for this backward pass
+        anchor = torch.empty(0, device=x.device, requires_grad=True)
+        return _Replayed.apply(recording, x, True, anchor)
     return _Replayed.apply(recording, x, False, *recording.params)
 
 
@@ -264,5 +266,5 @@ class _Replayed(torch.autograd.Function):
         ctx.turn = None
         if ctx.direct:
             _accumulate(ctx.recording.params, grads)
-            grads = (None,)
+            grads = (torch.empty(0, device=douts[0].device),)
         return (None, None, None, *grads)

@@ -1,5 +1,6 @@
 """Batches as one buffer: equal to mmengine's through a loader's processes, pinned or not."""
 
+import mmap
 import pickle
 import sys
 
@@ -12,7 +13,7 @@ from mmengine.structures import BaseDataElement, InstanceData
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mmvig.datasets import PackedMasks, one_buffer_collate
+from mmvig.datasets import PackedMasks, one_buffer, one_buffer_collate
 from mmvig.datasets.one_buffer import OneBufferBatch, _give_pages_back
 
 
@@ -91,10 +92,34 @@ def test_a_batch_is_pickled_as_one_tensor_and_pinned_by_one_copy(monkeypatch) ->
 def test_pages_of_shared_memory_alone_are_given_back() -> None:
     shared, own = (torch.full((1 << 20,), 7, dtype=torch.uint8) for _ in range(2))
     shared.share_memory_()
-    for buffer in (shared, own, own[4096:]):
+    page = own[-own.data_ptr() % mmap.PAGESIZE :]
+    for buffer in (shared, own, page):
         _give_pages_back(buffer)
     assert not shared.any()
     assert (own == 7).all()
+
+
+class Shape:
+    """Keeps a part of a tensor that it is made of."""
+
+    def __init__(self, whole: Tensor) -> None:
+        self.part = whole[1:]
+
+    def __reduce__(self) -> tuple:
+        return Shape, (torch.cat([self.part[:1], self.part]),)
+
+
+@pytest.mark.parametrize('aliased', [True, False])
+def test_memory_that_something_else_reads_is_kept(aliased: bool, monkeypatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(one_buffer, '_give_pages_back', lambda buffer: given.append(len(buffer)))
+    monkeypatch.setattr(Tensor, 'pin_memory', Tensor.clone)
+    data = dict(inputs=[torch.arange(9)], shape=Shape(torch.arange(4)) if aliased else None)
+    batch = pickle.loads(pickle.dumps(OneBufferBatch(data))).pin_memory()
+    assert torch.equal(batch['inputs'][0], torch.arange(9))
+    assert len(given) == (0 if aliased else 1)
+    if aliased:
+        assert torch.equal(batch['shape'].part, torch.arange(1, 4))
 
 
 def test_a_batch_that_never_left_its_process_is_pinned_as_it_is() -> None:

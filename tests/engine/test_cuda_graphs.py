@@ -143,15 +143,19 @@ def test_the_hook_finds_the_backbone_and_a_model_without_one_is_refused() -> Non
     assert model.backbone._compiled_call_impl.max_graphs == 3
 
 
-@pytest.mark.parametrize('distributed', [False, True])
-def test_the_hook_adds_gradients_directly_in_one_process_only(
-    distributed: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ('distributed', 'setting', 'direct'),
+    [(False, None, True), (True, None, False), (False, False, False), (True, True, True)],
+)
+def test_the_hook_adds_gradients_directly_in_one_process(
+    distributed: bool, setting: bool | None, direct: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(acceleration, 'is_distributed', lambda: distributed)
     model = nn.Module()
     model.backbone = Doubled()
-    CudaGraphHook(training=True).before_run(type('Runner', (), dict(model=model)))
-    assert model.backbone._compiled_call_impl._direct is not distributed
+    hook = CudaGraphHook(training=True, direct_gradients=setting)
+    hook.before_run(type('Runner', (), dict(model=model)))
+    assert model.backbone._compiled_call_impl._direct is direct
 
 
 @pytest.mark.parametrize('gpu', [False, True])
@@ -229,6 +233,17 @@ def test_images_may_be_converted_before_the_backbone(build: Callable[..., nn.Mod
         found = module(place)
     for out, y in zip(found, expected, strict=True):
         assert torch.equal(out, y) and out.stride() == y.stride()
+
+
+def test_a_subclass_with_its_own_forward_gets_images_as_they_are() -> None:
+    class Other(ViTAdapter):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return super().forward(x)
+
+    module, x = small_adapter(), torch.randn(1, 3, 32, 32)
+    assert conversion(module)(x).is_contiguous(memory_format=torch.channels_last)
+    module.__class__ = Other
+    assert conversion(module)(x) is x
 
 
 def test_images_of_other_modules_stay_as_they_are() -> None:

@@ -90,8 +90,18 @@ def test_they_are_found_without_a_scope() -> None:
     assert MODELS.build(settings)._non_blocking is False
 
 
-def test_without_normalization() -> None:
-    data = dict(inputs=images((21, 33), (40, 9)))
-    settings = dict(mean=None, std=None, bgr_to_rgb=True, pad_size_divisor=16)
+@pytest.mark.parametrize(
+    'norm',
+    [
+        dict(mean=None, std=None),
+        dict(mean=[0, 0, 0], std=[255.0, 255.0, 255.0]),
+        dict(mean=[0, 0, 0], std=[1, 1, 1]),
+    ],
+    ids=['none', 'integer means', 'integers'],
+)
+@pytest.mark.parametrize('channels', [3, 4])
+def test_what_goes_mmengines_way(channels: int, norm: dict) -> None:
+    data = dict(inputs=images((21, 33), (40, 9), channels=channels))
+    settings = dict(norm, bgr_to_rgb=True, pad_size_divisor=16)
     ours, theirs = (p(copy.copy(data)) for p in pair('mmdet', 'DetDataPreprocessor', **settings))
     assert torch.equal(ours['inputs'], theirs['inputs'])

@@ -23,6 +23,8 @@ class AsyncDeltaXYWHBBoxCoder(DeltaXYWHBBoxCoder):
 
     def encode(self, bboxes: Tensor | BaseBoxes, gt_bboxes: Tensor | BaseBoxes) -> Tensor:
         """Boxes (..., 4) and their ground truths to deltas (..., 4), float32."""
+        if len(bboxes) != len(gt_bboxes):
+            return super().encode(bboxes, gt_bboxes)
         boxes, truths = (get_box_tensor(b).float() for b in (bboxes, gt_bboxes))
         centers, sides = _centers_and_sides(boxes)
         gt_centers, gt_sides = _centers_and_sides(truths)
@@ -41,7 +43,7 @@ class AsyncDeltaXYWHBBoxCoder(DeltaXYWHBBoxCoder):
         known = max_shape is None or (len(max_shape) and isinstance(max_shape[0], int))
         if pred_bboxes.ndim != 2 or len(pred_bboxes) == 0 or self.add_ctr_clamp or not known:
             return super().decode(bboxes, pred_bboxes, max_shape, wh_ratio_clip)
-        if self.use_box_type or torch.onnx.is_in_onnx_export():
+        if len(bboxes) != len(pred_bboxes) or self.use_box_type or torch.onnx.is_in_onnx_export():
             return super().decode(bboxes, pred_bboxes, max_shape, wh_ratio_clip)
         deltas = pred_bboxes.unflatten(1, (-1, 4))
         means, stds = self._constants(deltas)
@@ -60,7 +62,8 @@ class AsyncDeltaXYWHBBoxCoder(DeltaXYWHBBoxCoder):
         """Means and standard deviations (4,), on the device and in the dtype of a tensor."""
         key = (like.device, like.dtype)
         if key not in self._kept:
-            self._kept[key] = like.new_tensor(self.means), like.new_tensor(self.stds)
+            with torch.inference_mode(False):  # they may be needed for gradients later
+                self._kept[key] = like.new_tensor(self.means), like.new_tensor(self.stds)
         return self._kept[key]
 
 

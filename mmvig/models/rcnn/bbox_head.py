@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 class BatchedBBoxHead(Shared2FCBBoxHead):
-    """mmdet's `Shared2FCBBoxHead` with the same losses.
+    """mmdet's `Shared2FCBBoxHead` with the same losses, in RoI heads that do not use its targets.
+
+    Those are the standard one, `BatchedRoIHead` and cascades, not `DynamicRoIHead`, `PISARoIHead`.
 
     How many boxes are positive is known from the sampling, and that they come first; mmdet looks
     for them on the device, eight times a step, and computes each image's targets by itself.
@@ -30,9 +32,11 @@ class BatchedBBoxHead(Shared2FCBBoxHead):
         Raises:
             ValueError: For settings that only mmdet's own head has.
         """
-        if self.reg_decoded_bbox or self.custom_activation or not concat or reduction_override:
+        others = self.reg_decoded_bbox or self.custom_activation or reduction_override
+        if others or not (concat and self.with_cls and self.with_reg):
             raise ValueError(
-                f'{type(self).__name__} takes encoded boxes and a plain loss, got reg_decoded_bbox='
+                f'{type(self).__name__} takes classes, encoded boxes and a plain loss, got '
+                f'with_cls={self.with_cls}, with_reg={self.with_reg}, reg_decoded_bbox='
                 f'{self.reg_decoded_bbox}, loss_cls={self.loss_cls}, concat={concat}, '
                 f'reduction_override={reduction_override}; use Shared2FCBBoxHead'
             )

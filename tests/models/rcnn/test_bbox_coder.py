@@ -44,6 +44,23 @@ def test_other_cases_are_mmdets() -> None:
     assert torch.equal(ours.decode(*batch), theirs.decode(*batch))
 
 
+def test_gradients_after_inference() -> None:
+    coder, boxes = coders()[0], random_boxes(6)
+    with torch.inference_mode():
+        coder.decode(boxes, torch.zeros(6, 4))
+    deltas = torch.zeros(6, 4, requires_grad=True)
+    coder.decode(boxes, deltas).sum().backward()
+    assert deltas.grad.isfinite().all()
+
+
+def test_numbers_of_boxes_that_differ_are_refused() -> None:
+    coder = coders()[0]
+    with pytest.raises(AssertionError):
+        coder.decode(random_boxes(1), torch.zeros(6, 4))
+    with pytest.raises(AssertionError):
+        coder.encode(random_boxes(1), random_boxes(6))
+
+
 def test_constants_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     coder, boxes = coders()[0], random_boxes(6)
     coder.decode(boxes, coder.encode(boxes, boxes))

@@ -136,3 +136,13 @@ def test_targets_that_cascades_refine_boxes_by(cfg: ConfigDict, build_pair: Call
     ours, theirs = (f['bbox_targets'][:2] for f in found)
     assert all(map(torch.equal, ours, theirs))
     torch.testing.assert_close(*(f['loss_bbox'] for f in found))
+
+
+@pytest.mark.parametrize('name', ['reg_decoded_bbox', 'with_reg'])
+def test_settings_of_mmdets_box_head_are_refused(
+    name: str, cfg: ConfigDict, build_pair: Callable
+) -> None:
+    settings = {**cfg.roi_head.bbox_head, name: name == 'reg_decoded_bbox'}
+    head, _ = build_pair('BatchedBBoxHead', 'Shared2FCBBoxHead', settings)
+    with pytest.raises(ValueError, match=f'{name}={settings[name]}.*use Shared2FCBBoxHead'):
+        head.loss_and_target(None, None, None, [], cfg.train_cfg.rcnn)
