@@ -1,5 +1,7 @@
 """mmdet's box head with two shared layers; its losses do not wait for the device."""
 
+from typing import Any
+
 import torch
 from mmdet.models.losses import accuracy
 from mmdet.models.roi_heads.bbox_heads import Shared2FCBBoxHead
@@ -15,7 +17,21 @@ class BatchedBBoxHead(Shared2FCBBoxHead):
 
     How many boxes are positive is known from the sampling, and that they come first; mmdet looks
     for them on the device, eight times a step, and computes each image's targets by itself.
+
+    Raises:
+        ValueError: For settings that only mmdet's own head has.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = dict(with_cls=True, with_reg=True, reg_decoded_bbox=False)
+        settings['custom_activation'] = False  # of the loss
+        for name, expected in settings.items():
+            if getattr(self, name) != expected:
+                raise ValueError(
+                    f'{type(self).__name__} takes {name}={expected}, got {getattr(self, name)}; '
+                    'use Shared2FCBBoxHead'
+                )
 
     def loss_and_target(
         self,
@@ -30,15 +46,12 @@ class BatchedBBoxHead(Shared2FCBBoxHead):
         """Losses of all boxes; arguments as mmdet's, of whose targets labels and weights come back.
 
         Raises:
-            ValueError: For settings that only mmdet's own head has.
+            ValueError: If targets of each image, or losses in another form were wanted.
         """
-        others = self.reg_decoded_bbox or self.custom_activation or reduction_override
-        if others or not (concat and self.with_cls and self.with_reg):
+        if reduction_override or not concat:
             raise ValueError(
-                f'{type(self).__name__} takes classes, encoded boxes and a plain loss, got '
-                f'with_cls={self.with_cls}, with_reg={self.with_reg}, reg_decoded_bbox='
-                f'{self.reg_decoded_bbox}, loss_cls={self.loss_cls}, concat={concat}, '
-                f'reduction_override={reduction_override}; use Shared2FCBBoxHead'
+                f'{type(self).__name__} computes mean losses of a batch, got '
+                f'{reduction_override=}, {concat=}; use Shared2FCBBoxHead'
             )
         positives = [len(r.pos_priors) for r in sampling_results]
         negatives = [len(r.neg_priors) for r in sampling_results]

@@ -138,11 +138,18 @@ def test_targets_that_cascades_refine_boxes_by(cfg: ConfigDict, build_pair: Call
     torch.testing.assert_close(*(f['loss_bbox'] for f in found))
 
 
-@pytest.mark.parametrize('name', ['reg_decoded_bbox', 'with_reg'])
+@pytest.mark.parametrize(
+    'setting',
+    [
+        dict(reg_decoded_bbox=True),
+        dict(with_reg=False),
+        dict(num_classes=3, loss_cls=dict(type='SeesawLoss', num_classes=3)),
+    ],
+    ids=str,
+)
 def test_settings_of_mmdets_box_head_are_refused(
-    name: str, cfg: ConfigDict, build_pair: Callable
+    setting: dict, cfg: ConfigDict, build_pair: Callable
 ) -> None:
-    settings = {**cfg.roi_head.bbox_head, name: name == 'reg_decoded_bbox'}
-    head, _ = build_pair('BatchedBBoxHead', 'Shared2FCBBoxHead', settings)
-    with pytest.raises(ValueError, match=f'{name}={settings[name]}.*use Shared2FCBBoxHead'):
-        head.loss_and_target(None, None, None, [], cfg.train_cfg.rcnn)
+    settings = {**cfg.roi_head.bbox_head, **setting}
+    with pytest.raises(ValueError, match='use Shared2FCBBoxHead'):
+        build_pair('BatchedBBoxHead', 'Shared2FCBBoxHead', settings)
