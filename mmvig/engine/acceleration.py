@@ -45,8 +45,8 @@ class CudaGraphHook(Hook):
     Args:
         max_graphs: Input sizes whose graphs are kept; see `CudaGraphs`.
         training: Whether training steps are recorded, too.
-        direct_gradients: As of `CudaGraphs`, for models that call no `torch.autograd.grad` with
-            the backbone's weights; None for where there is one process.
+        direct_gradients: As of `CudaGraphs`; None is True where there is one process. False for
+            models that call `torch.autograd.grad` with the backbone's weights.
     """
 
     priority = 'LOW'  # after CompileBackboneHook, whose result is recorded

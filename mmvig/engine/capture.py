@@ -31,10 +31,11 @@ def conversion(module: nn.Module) -> Conversion:
     classes = type(module).__mro__
     own = next((i for i, c in enumerate(classes) if 'convert_image' in vars(c)), len(classes))
     forward = next(i for i, c in enumerate(classes) if 'forward' in vars(c))
-    return module.convert_image if own <= forward else _keep
+    return module.convert_image if own <= forward else unchanged
 
 
-def _keep(x: Tensor, out: Tensor | None = None) -> Tensor:
+def unchanged(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """The conversion that is none."""
     return x if out is None else out.copy_(x)
 
 

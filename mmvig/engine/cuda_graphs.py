@@ -7,7 +7,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mmvig.engine.capture import Conversion, conversion, ready_to_capture, run_beside
+from mmvig.engine.capture import (
+    Conversion,
+    conversion,
+    ready_to_capture,
+    run_beside,
+    unchanged,
+)
 from mmvig.engine.training_graphs import SharedMemory, TrainingRecording, replay
 from mmvig.models.layers.deform_attn import cached_levels
 from mmvig.models.layers.kept import recording
@@ -98,7 +104,7 @@ class CudaGraphs:
         self._before = module._compiled_call_impl
         self._function = self._before or module._call_impl
         # what is compiled would be compiled once more for images in another form
-        self._convert = conversion(nn.Identity() if self._before else module)
+        self._convert = unchanged if self._before else conversion(module)
         self._weights = [*module.parameters(), *module.buffers()]
         self._places: list[tuple[int, bool]] = []
         self._seen: set[Hashable] = set()
@@ -190,8 +196,7 @@ class _Recording:
     def __init__(
         self, function: Callable[[Tensor], Maps], x: Tensor, pool: object, convert: Conversion
     ) -> None:
-        self._convert, self._input = convert, torch.empty_like(convert(x))
-        convert(x, out=self._input)
+        self._convert, self._input = convert, convert(x).clone()
         self._graph = torch.cuda.CUDAGraph()
         with ready_to_capture(x.device):
             run_beside(lambda: function(self._input))

@@ -170,6 +170,8 @@ def test_the_hook_says_that_it_needs_a_gpu(gpu: bool, monkeypatch: pytest.Monkey
 
 
 def test_kept_weights_are_made_anew_before_a_replay() -> None:
+    """And outputs are copies in their order."""
+
     class Noted:
         def __init__(self, call: str) -> None:
             setattr(self, call, lambda: calls.append(call))
@@ -177,10 +179,12 @@ def test_kept_weights_are_made_anew_before_a_replay() -> None:
     calls = []
     recording = object.__new__(_Recording)
     recording._convert = conversion(nn.Identity())
-    recording._input, recording._outputs = torch.zeros(2), (torch.ones(2),)
+    recording._input, recording._outputs = torch.zeros(2), (torch.ones(2), torch.zeros(3))
     recording._kept, recording._graph = [Noted('refresh')], Noted('replay')
-    recording(torch.ones(2))
+    outs = recording(torch.ones(2))
     assert calls == ['refresh', 'replay']
+    for out, y in zip(outs, recording._outputs, strict=True):
+        assert torch.equal(out, y) and out.data_ptr() != y.data_ptr()
     assert torch.equal(recording._input, torch.ones(2))
 
 

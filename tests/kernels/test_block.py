@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from mmvig import kernels
 from mmvig.doctor import block
 from mmvig.kernels import (
+    channels_last,
     depthwise_conv,
     gated_head_norm,
     log_gates,
@@ -142,6 +143,7 @@ def test_log_gates_by_hand() -> None:
 
 X, W8, W4 = torch.ones(2, 6, 8), torch.ones(8), torch.ones(4)
 CONV = torch.ones(8, 1, 3, 3)
+FP32 = torch.float32
 
 
 @pytest.mark.parametrize(
@@ -166,6 +168,10 @@ CONV = torch.ones(8, 1, 3, 3)
         (lambda: depthwise_conv(X, CONV, [(2, 4)]), 'do not have the 6 tokens'),
         (lambda: depthwise_conv(X, CONV, [(2, 3)], W4), r'bias must be \(8,\)'),
         (lambda: depthwise_conv(X, CONV, [(2, 3)], act='relu'), 'act must be one of none, silu'),
+        (lambda: channels_last(X, FP32), r'must be \(B, CIN, H, W\)'),
+        (lambda: channels_last(CONV, torch.int8), 'torch.int8 floating'),
+        (lambda: channels_last(CONV, FP32, CONV.half()), r'of torch.float32, got \(8, 1, 3, 3\)'),
+        (lambda: channels_last(CONV, FP32, CONV[:1]), r'out must be \(8, 1, 3, 3\)'),
         (lambda: log_gates(X, torch.ones(6, 16), torch.ones(6)), r'weight must be \(C, R\)'),
         (lambda: log_gates(X, torch.ones(6, 8), W8), r'bias must be \(6,\)'),
     ],

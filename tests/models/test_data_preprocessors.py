@@ -48,8 +48,9 @@ def test_det(stacked: bool, order: dict, device: str) -> None:
 
 
 @devices
+@pytest.mark.parametrize('stacked', [False, True])
 @pytest.mark.parametrize('training', [True, False])
-def test_seg(training: bool, device: str) -> None:
+def test_seg(training: bool, stacked: bool, device: str) -> None:
     SegDataSample = pytest.importorskip('mmseg.structures').SegDataSample
     inputs = images((21, 33), (21, 33))
     samples = [SegDataSample(metainfo=dict(img_shape=x.shape[1:])) for x in inputs]
@@ -57,7 +58,7 @@ def test_seg(training: bool, device: str) -> None:
         sample.gt_sem_seg = PixelData(data=torch.randint(0, 5, (1, 21, 33)))
     found = []
     for preprocess in pair('mmseg', 'SegDataPreProcessor', bgr_to_rgb=True, size=(40, 40)):
-        data = dict(inputs=inputs, data_samples=samples)
+        data = dict(inputs=torch.stack(inputs) if stacked else inputs, data_samples=samples)
         found.append(preprocess.to(device)(copy.deepcopy(data), training=training))
     assert torch.equal(found[0]['inputs'], found[1]['inputs'])
 

@@ -40,10 +40,10 @@ class AsyncDeltaXYWHBBoxCoder(DeltaXYWHBBoxCoder):
         wh_ratio_clip: float | None = 16 / 1000,
     ) -> Tensor | BaseBoxes:
         """Boxes (N, 4) and deltas (N, 4 or 4 x classes) to boxes; other cases are mmdet's own."""
-        known = max_shape is None or (len(max_shape) and isinstance(max_shape[0], int))
-        if pred_bboxes.ndim != 2 or len(pred_bboxes) == 0 or self.add_ctr_clamp or not known:
-            return super().decode(bboxes, pred_bboxes, max_shape, wh_ratio_clip)
-        if len(bboxes) != len(pred_bboxes) or self.use_box_type or torch.onnx.is_in_onnx_export():
+        one_image = pred_bboxes.ndim == 2 and 0 < len(pred_bboxes) == len(bboxes)
+        numbers = max_shape is None or (len(max_shape) > 0 and isinstance(max_shape[0], int))
+        others = self.add_ctr_clamp or self.use_box_type or torch.onnx.is_in_onnx_export()
+        if others or not (one_image and numbers):
             return super().decode(bboxes, pred_bboxes, max_shape, wh_ratio_clip)
         deltas = pred_bboxes.unflatten(1, (-1, 4))
         means, stds = self._constants(deltas)
