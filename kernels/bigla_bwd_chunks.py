@@ -210,15 +210,14 @@ def chunk_grads_kernel(
     store_tile(p_dk + out, (dk + dk_b) * scale, dk_n, n, K, C, BK, mask_k)
 
 
-def segment_length(n_chunks: int, heads: int, processors: int, resident: int = RESIDENT) -> int:
+def segment_length(n_chunks: int, heads: int, processors: int) -> int:
     """Chunks of a segment, which four programs walk, one a flow.
 
-    As many as save scratch and the scan's time, as long as the programs fill the device, whose
-    multiprocessors hold `resident` each.
+    As many as save scratch and the scan's time, as long as the programs fill the device.
     """
     if n_chunks <= ONE_SEGMENT and 4 * heads >= processors:
         return n_chunks
-    filling = 4 * heads * n_chunks // (resident * processors)
+    filling = 4 * heads * n_chunks // (RESIDENT * processors)
     return min(SEGMENT, max(1, filling))
 
 

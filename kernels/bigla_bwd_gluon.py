@@ -10,6 +10,8 @@ flight together, and 168 registers let a multiprocessor hold three programs. Key
 64, chunks of 64 tokens, bfloat16. Only `bigla_bwd.py` imports this, where Triton has this Gluon.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -21,10 +23,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mmvig.kernels.bigla_bwd_chunks import segment_length
+from mmvig.kernels.bigla_bwd_chunks import ONE_SEGMENT, SEGMENT
 from mmvig.kernels.bigla_bwd_gluon_states import states_kernel
 from mmvig.kernels.bigla_bwd_looped import grad_kernel
 from mmvig.kernels.bigla_bwd_outputs import Gradients, Into, new_outputs, row_strides
+from mmvig.kernels.bigla_bwd_tail import TOKENS as TAIL
+from mmvig.kernels.bigla_bwd_tail import tail_grads_kernel
+from mmvig.kernels.bigla_fwd_edges import weights
 from mmvig.kernels.bigla_gluon_tiles import (
     CHUNK,
     KEYS,
@@ -40,6 +45,7 @@ from mmvig.kernels.bigla_gluon_tiles import (
     V,
     await_previous,
     copy_rows,
+    decayed,
     held,
     held_pairs,
     write_rows,
@@ -49,11 +55,11 @@ from mmvig.kernels.bigla_tiles import scan_states, strides
 from mmvig.kernels.grid import ceil_div, multiprocessors
 from mmvig.kernels.launch import kernel
 
-# Registers a thread; four programs of the states and three of the gradients a multiprocessor.
-STATES_REGISTERS, GRADS_REGISTERS = 128, 168
-STATES_RESIDENT = 4
-# Tiles of a chunk in shared memory: that in work and the next.
-STATES_STAGES = 2
+RESIDENT = 3  # programs of the states, and of the gradients, a multiprocessor
+LAUNCH = dict(num_warps=4, maxnreg=168)
+TAIL_LAUNCH = dict(num_warps=1)
+STAGES = 3  # chunks in shared memory in the states: that in work and the next
+OVERHEAD = 2  # of a program of the states, in chunks; fits what was measured
 
 
 @gluon.jit
@@ -104,8 +110,8 @@ def one_direction(
     half = 0.5 * gl.load(p_total + gl.arange(0, 32, layout=gl.SliceLayout(0, KEYS)))[None, :]
     c = warpgroup_mma_wait(0, deps=[c])
     c = c * LOG2E - half if BACK else s_g.load(KEYS).to(gl.float32) * LOG2E + half - c * LOG2E
-    s_qe.store((s_q.load(KEYS).to(gl.float32) * gl.exp2(c)).to(gl.bfloat16))
-    s_ke.store((s_k.load(KEYS).to(gl.float32) * gl.exp2(-c)).to(gl.bfloat16))
+    s_qe.store(decayed(s_q.load(KEYS), c))
+    s_ke.store(decayed(s_k.load(KEYS), -c))
     fence_async_shared()
     # First comes the result that has no part in what passes the chunk, which replaces a state.
     if BACK:
@@ -144,28 +150,28 @@ def one_direction(
     return dq, dk, dg
 
 
-@kernel(sizes=['B', 'N', 'H', 'n_segments', 'n_chunks', 'chunks'], jit=gluon.jit)
+@kernel(sizes=['B', 'N', 'H', 'n_segments', 'n_chunks', 'chunks', 'n_done'], jit=gluon.jit)
 def grads_kernel(
     p_q, p_k, p_v, p_gf, p_gb, p_do, p_dq, p_dk, p_dv, p_dgf, p_dgb,
     p_local, p_reach, p_totals, p_states, p_weakest, p_upper, scale,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
-    do_b, do_n, do_h, dk_n, dv_n, B, N, H, n_segments, n_chunks, chunks,
+    do_b, do_n, do_h, dk_n, dv_n, B, N, H, n_segments, n_chunks, chunks, n_done,
     HAS_STATES: gl.constexpr,
 ):  # fmt: skip
     """All five gradients of one chunk of one head. Program: (b, chunk, h); 4 warps.
 
-    Inputs (B, N, H, K or V), bfloat16; states, and what goes with them, as `states_kernel` and the
-    scan leave them. dv (B, N, H, V), dq, dk, dgf, dgb (B, N, H, K), bfloat16; a token's heads
-    follow each other, and in dgf and dgb the tokens. Products accumulate in float32. Chunks whose
-    decay exceeds `MAX_CHUNK_BITS` get nonsense, which `grad_kernel`, in its exact form, overwrites;
-    it reads the last third of weakest (3, B*H, segment), which is written here: of both directions,
-    whose own the first two are.
+    Of the first n_done of n_chunks chunks. Inputs (B, N, H, K or V), bfloat16; states, and what
+    goes with them, as `states_kernel` and the scan leave them. dv (B, N, H, V), dq, dk, dgf, dgb
+    (B, N, H, K), bfloat16; a token's heads follow each other, and in dgf and dgb the tokens.
+    Products accumulate in float32. Chunks whose decay exceeds `MAX_CHUNK_BITS` get nonsense, which
+    `grad_kernel`, in its exact form, overwrites; it reads the last third of weakest (3, B*H,
+    segment), which is written here: of both directions, whose own the first two are.
     """
     await_previous()
     pid = gl.program_id(0)
     h = pid % H
-    i_c = pid // H % n_chunks
-    b = (pid // H // n_chunks).to(gl.int64)
+    i_c = pid // H % n_done
+    b = (pid // H // n_done).to(gl.int64)
     t = i_c.to(gl.int64) * C
     n = N - i_c * C
     head = b * H + h
@@ -207,7 +213,7 @@ def grads_kernel(
     p_reach += (head * n_chunks + i_c) * 4 * K
     p_totals += (head * n_chunks + i_c) * 2 * K
     slot = head * n_segments + i_c // chunks
-    slots = (gl.num_programs(0) // n_chunks).to(gl.int64) * n_segments
+    slots = (gl.num_programs(0) // n_done).to(gl.int64) * n_segments
     p_states += slot * K * V
     flow = slots * K * V
     if not not_first:
@@ -262,6 +268,23 @@ def grads_kernel(
     write_rows((dv * scale).to(gl.bfloat16), s_v, p_dv, dv_n, n, V)
 
 
+@lru_cache(maxsize=1024)
+def segment_length(n_chunks: int, heads: int, processors: int) -> int:
+    """Chunks of a segment, which four programs walk, one a flow.
+
+    Programs run in rounds, one a multiprocessor's place, and last as long as their chunks and some
+    more. Longer segments than `SEGMENT` gain nothing.
+    """
+    if n_chunks <= ONE_SEGMENT and 4 * heads >= processors:
+        return n_chunks
+
+    def cost(chunks: int) -> int:
+        programs = 4 * heads * ceil_div(n_chunks, chunks)
+        return ceil_div(programs, RESIDENT * processors) * (chunks + OVERHEAD)
+
+    return min(range(1, min(SEGMENT, n_chunks) + 1), key=cost)
+
+
 def backward_in_gluon(
     q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, do: Tensor, scale: float,
     chunks: int | None = None, into: Into | None = None,
@@ -278,12 +301,12 @@ def backward_in_gluon(
     b, n, h, dk = q.shape
     dv = v.shape[-1]
     heads, n_chunks = b * h, ceil_div(n, CHUNK)
-    chunks = chunks or segment_length(n_chunks, heads, multiprocessors(q.device), STATES_RESIDENT)
+    chunks = chunks or segment_length(n_chunks, heads, multiprocessors(q.device))
     n_segments = ceil_div(n_chunks, chunks)
     several = n_segments > 1
     inputs = (q, k, v, gf, gb, do)
     local = q.new_empty(heads, n_chunks, 4, dv, dk)
-    upper = q.new_empty(CHUNK, CHUNK)
+    table = weights(CHUNK, q.device)
     sizes = (
         (heads if several else 0, n_chunks, 4, dk),
         (heads, n_chunks, 2, dk),
@@ -293,20 +316,29 @@ def backward_in_gluon(
     )
     reach, totals, decays, weakest, states = (q.new_empty(s, dtype=torch.float32) for s in sizes)
     states_kernel[(4 * heads * n_segments,)](
-        *inputs, local, reach, totals, states, decays, weakest, upper, *strides(*inputs),
-        n, h, n_chunks, n_segments, chunks, HAS_STATES=several, STAGES=STATES_STAGES,
-        num_warps=4, maxnreg=STATES_REGISTERS,
+        *inputs, local, reach, totals, states, decays, weakest, table, *strides(*inputs),
+        n, h, n_chunks, n_segments, chunks, HAS_STATES=several, STAGES=STAGES,
+        **LAUNCH,
     )  # fmt: skip
     if several:
         scan_states(states, decays)
     outputs = new_outputs(inputs, 1, into)
     rows = row_strides(outputs)
-    grads_kernel[(heads * n_chunks,)](
-        *inputs, *outputs, local, reach, totals, states, weakest, upper, 0.5 * scale,
-        *strides(*inputs), *rows, b, n, h, n_segments, n_chunks, chunks, HAS_STATES=several,
-        num_warps=4, maxnreg=GRADS_REGISTERS,
-    )  # fmt: skip
     p = make_plan(q, v, grads=True)
+    # Never a segment's first chunk, whose program writes what the exact form reads.
+    tail = 0 < n % CHUNK <= TAIL and (n_chunks - 1) % chunks > 0
+    n_done = n_chunks - tail
+    grads_kernel[(heads * n_done,)](
+        *inputs, *outputs, local, reach, totals, states, weakest, table[1], 0.5 * scale,
+        *strides(*inputs), *rows, b, n, h, n_segments, n_chunks, chunks, n_done,
+        HAS_STATES=several, **LAUNCH,
+    )  # fmt: skip
+    if tail:
+        tail_grads_kernel[(heads,)](
+            *inputs, *outputs, local, reach, totals, states, 0.5 * scale, *strides(*inputs), *rows,
+            n, h, n_segments, n_chunks, K=dk, V=dv, C=CHUNK, R=TAIL, OP=p.op,
+            PRECISION=p.precision, HAS_STATES=several, **TAIL_LAUNCH,
+        )  # fmt: skip
     # Segments with strong gates, the others return at once; `local` is free and serves as scratch.
     grad_kernel[heads, n_segments, 1](
         *inputs, *outputs, states, weakest[2], local, 0.5 * scale, *strides(*inputs), *rows,

@@ -28,7 +28,7 @@ from mmvig.kernels.bigla_fwd_tiles import (
     table,
 )
 from mmvig.kernels.bigla_plan import make_plan
-from mmvig.kernels.bigla_tiles import half_gates, strides, sum_gates
+from mmvig.kernels.bigla_tiles import half_gates, segment_chunks, strides, sum_gates
 from mmvig.kernels.grid import ceil_div, multiprocessors
 from mmvig.kernels.launch import await_previous, kernel
 
@@ -43,11 +43,11 @@ LENGTHS = ((4, 1), (8, 2), (24, 6), (64, 8), (math.inf, 16))
 ONE_SEGMENT = 8
 
 
-@kernel(sizes=['N', 'H', 'n_segments', 'n_chunks', 'chunks'])
+@kernel(sizes=['N', 'H', 'n_segments', 'n_chunks'])
 def adds_kernel(
     p_k, p_v, p_gf, p_gb, p_adds, p_decays, p_weakest, p_table,
     k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
-    N, H, n_segments, n_chunks, chunks,
+    N, H, n_segments, n_chunks,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     OP: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr, SETTLE: tl.constexpr,
 ):  # fmt: skip
@@ -63,10 +63,11 @@ def adds_kernel(
     h = head % H
     i_s = tl.program_id(1)
     v0 = tl.program_id(2) * BV
-    first = i_s if FLAT else i_s * chunks
+    first, size = segment_chunks(i_s, n_segments, n_chunks)
+    if FLAT:
+        first = i_s
     t = first * C
     n = N - t
-    size = tl.minimum(chunks, n_chunks - first)
     mask_k: tl.constexpr = BK != K
     mask_v: tl.constexpr = V % BV != 0
     p_k += offset(b, k_b) + offset(t, k_n) + offset(h, k_h)
@@ -134,9 +135,9 @@ def adds_kernel(
     put_state(p_adds + (flow + slot) * (K * V), left, K, V, v0, 0, BV, BK)
 
 
-@kernel(sizes=['n_segments', 'n_chunks', 'chunks', 'heads'])
+@kernel(sizes=['n_segments', 'n_chunks', 'heads'])
 def scan_kernel(
-    p_adds, p_decays, p_right, p_stack, n_segments, n_chunks, chunks, heads,
+    p_adds, p_decays, p_right, p_stack, n_segments, n_chunks, heads,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """From what segments add, (flow, B*H, segment, V, K), to the states that enter them.
@@ -161,16 +162,17 @@ def scan_kernel(
         i_s = tl.where(leftward == 1, n_segments - 1 - step, step)
         added = tl.load(p_adds + offset(i_s, K * V) + e, mask=mask, other=0.0)
         decay = tl.load(p_decays + offset(i_s, K) + e % K, mask=mask, other=0.0)
-        slot = tl.where(leftward == 1, tl.minimum(i_s * chunks + chunks, n_chunks) - 1, i_s)
+        begin, size = segment_chunks(i_s, n_segments, n_chunks)
+        slot = tl.where(leftward == 1, begin + size - 1, i_s)
         tl.store(p_out + offset(slot, K * V) + e, state.to(p_out.dtype.element_ty), mask=mask)
         state = state * tl.exp2(decay) + added.to(tl.float32)
 
 
-@kernel(sizes=['N', 'H', 'n_segments', 'n_chunks', 'chunks'])
+@kernel(sizes=['N', 'H', 'n_segments', 'n_chunks'])
 def out_kernel(
     p_q, p_k, p_v, p_gf, p_gb, p_o, p_right, p_stack, p_weakest, p_table, bits,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
-    N, H, n_segments, n_chunks, chunks,
+    N, H, n_segments, n_chunks,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     OP: tl.constexpr, PRECISION: tl.constexpr, HAS_STATES: tl.constexpr, FLAT: tl.constexpr,
     SETTLE: tl.constexpr,
@@ -189,10 +191,11 @@ def out_kernel(
     h = head % H
     i_s = tl.program_id(1)
     v0 = tl.program_id(2) * BV
-    first = i_s if FLAT else i_s * chunks
+    first, size = segment_chunks(i_s, n_segments, n_chunks)
+    if FLAT:
+        first = i_s
     t = first * C
     n = N - t
-    size = tl.minimum(chunks, n_chunks - first)
     mask_k: tl.constexpr = BK != K
     mask_v: tl.constexpr = V % BV != 0
     p_q += offset(b, q_b) + offset(t, q_n) + offset(h, q_h)
@@ -316,7 +319,7 @@ def forward_from_edges(
     dims = dict(K=dk, V=dv, BK=p.block_k, BV=p.block_v, C=chunk, OP=p.op, PRECISION=p.precision)
     form = dict(FLAT=flat, SETTLE=options['num_stages'] == 1)
     grid = (b * h, n_segments, ceil_div(dv, p.block_v))
-    sizes = (n, h, n_segments, n_chunks, chunks)
+    sizes = (n, h, n_segments, n_chunks)
     inputs = (q, k, v, gf, gb)
     o = q.new_empty(b, n, h, dv)
     right = q.new_empty(b * h, n_segments if several else 0, dv, dk, dtype=p.torch_op)
@@ -331,7 +334,7 @@ def forward_from_edges(
             **form, **options,
         )  # fmt: skip
         scan_kernel[ceil_div(dk * dv, 128), 2, b * h](
-            added, decays, right, stack, n_segments, n_chunks, chunks, b * h, dk, dv, BLOCK=128,
+            added, decays, right, stack, n_segments, n_chunks, b * h, dk, dv, BLOCK=128,
             STAGES=8, num_warps=1,
         )  # fmt: skip
     bits = math.log2(0.5 * scale)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmvig.kernels.bigla_fwd_looped import exact_scores
 from mmvig.kernels.bigla_fwd_tiles import get, get_state, offset, put, put_state
-from mmvig.kernels.bigla_tiles import half_gates, scan_gates, strides
+from mmvig.kernels.bigla_tiles import half_gates, scan_gates, segment_chunks, strides
 from mmvig.kernels.grid import ceil_div, multiprocessors, power_of_2
 from mmvig.kernels.launch import await_previous, kernel
 
@@ -25,7 +25,7 @@ MAX_GROUP = 8  # segments that a program looks at
 def exact_segment(
     slot, p_q, p_k, p_v, p_gf, p_gb, p_o, p_right, p_stack, bits,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
-    N, H, n_segments, n_chunks, chunks, v0,
+    N, H, n_segments, n_chunks, v0,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     OP: tl.constexpr, PRECISION: tl.constexpr, HAS_STATES: tl.constexpr,
 ):  # fmt: skip
@@ -34,10 +34,9 @@ def exact_segment(
     i_s = slot % n_segments
     b = head // H
     h = head % H
-    first = i_s * chunks
+    first, size = segment_chunks(i_s, n_segments, n_chunks)
     t = first * C
     n = N - t
-    size = tl.minimum(chunks, n_chunks - first)
     mask_k: tl.constexpr = BK != K
     mask_v: tl.constexpr = V % BV != 0
     p_q += offset(b, q_b) + offset(t, q_n) + offset(h, q_h)
@@ -89,11 +88,11 @@ def exact_segment(
         s_f = tl.dot(tl.trans(v), k, s_f, input_precision=PRECISION)
 
 
-@kernel(sizes=['N', 'H', 'n_slots', 'n_segments', 'n_chunks', 'chunks'])
+@kernel(sizes=['N', 'H', 'n_slots', 'n_segments', 'n_chunks'])
 def exact_kernel(
     p_q, p_k, p_v, p_gf, p_gb, p_o, p_right, p_stack, p_weakest, bits,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
-    n_slots, N, H, n_segments, n_chunks, chunks,
+    n_slots, N, H, n_segments, n_chunks,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     OP: tl.constexpr, PRECISION: tl.constexpr, HAS_STATES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +112,7 @@ def exact_kernel(
             exact_segment(
                 slot, p_q, p_k, p_v, p_gf, p_gb, p_o, p_right, p_stack, bits,
                 q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
-                N, H, n_segments, n_chunks, chunks, tl.program_id(1) * BV,
+                N, H, n_segments, n_chunks, tl.program_id(1) * BV,
                 K, V, BK, BV, C, OP, PRECISION, HAS_STATES,
             )  # fmt: skip
 
@@ -128,7 +127,7 @@ def launch_exact(
         inputs: q, k, v and both gates.
         others: The output, what enters each segment from the left, the stack, strongest decays.
         bits: Binary logarithm of half the scale.
-        sizes: N, H, segments, chunks of a sequence and of a segment.
+        sizes: N, H, segments and chunks of a sequence.
         blocks: Of value channels.
         settings: The kernel's constants and launch options.
     """

@@ -1,7 +1,8 @@
 """What each segment adds to the states, in Gluon: one kernel, for `bigla_fwd_gluon.py`.
 
-Results and arithmetic are those of the kernel of this name in `bigla_fwd_edges.py`. Key dim 32,
-value dim 64, chunks of 64 tokens, bfloat16.
+As the kernel of this name in `bigla_fwd_edges.py`, and with it the part of the states that enter
+each chunk from the right that comes from the chunks of the same segment, so that the output needs
+no sweep of its own. Key dim 32, value dim 64, chunks of 64 tokens, bfloat16.
 """
 
 from triton.experimental import gluon
@@ -26,6 +27,8 @@ from mmvig.kernels.bigla_gluon_tiles import (
     copy_rows,
     decayed,
     held,
+    segment_chunks,
+    store_rows,
     write_rows,
 )
 from mmvig.kernels.launch import kernel
@@ -44,40 +47,49 @@ def copy_chunk(
     copy_rows(s_v.index(stage), p_v + t * v_n, v_n, left, 64, z)
 
 
-@kernel(sizes=['N', 'H', 'n_segments', 'n_chunks', 'chunks'], jit=gluon.jit)
+@kernel(sizes=['N', 'H', 'n_segments', 'n_chunks'], jit=gluon.jit)
 def adds_kernel(
-    p_k, p_v, p_gf, p_gb, p_adds, p_decays, p_weakest, p_ahead,
+    p_k, p_v, p_gf, p_gb, p_adds, p_decays, p_stack, p_reach, p_weakest, p_ahead,
     k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h,
-    N, H, n_segments, n_chunks, chunks,
+    N, H, n_segments, n_chunks,
 ):  # fmt: skip
     """What each segment adds to S_f and S_b, and its decays. Program: (b, segment, h); 4 warps.
 
-    k, gates (B, N, H, K), v (B, N, H, V), adds (flow, B*H, segment, V, K), bfloat16; decays (flow,
-    B*H, segment, K) in bits and weakest (B*H, segment), the strongest decay of a chunk, float32;
-    ahead (C, C) ones below the diagonal, bfloat16. Products accumulate in float32.
+    Walks right to left, and stacks S_b before each chunk, as if nothing entered the segment, but
+    for its last chunk, where that is zero.
+
+    k, gates (B, N, H, K), v (B, N, H, V), adds (flow, B*H, segment, V, K), stack (B*H, chunk, V,
+    K), bfloat16; decays (flow, B*H, segment, K) in bits, reach (B*H, chunk, K), the decay from the
+    segment's right edge to the chunk, a factor, and weakest (B*H, segment), the strongest decay of
+    a chunk, float32; ahead (C, C) ones below the diagonal, bfloat16. Products accumulate in
+    float32.
     """
     await_previous()
     pid = gl.program_id(0)
     h = pid % H
     i_s = pid // H % n_segments
     b = (pid // H // n_segments).to(gl.int64)
-    first = i_s * chunks
+    first, size = segment_chunks(i_s, n_segments, n_chunks)
     t = first.to(gl.int64) * C
     n = N - first * C
-    size = gl.minimum(chunks, n_chunks - first)
     p_k += b * k_b + h * k_h + t * k_n
     p_v += b * v_b + h * v_h + t * v_n
     p_gf += b * gf_b + h * gf_h + t * gf_n
     p_gb += b * gb_b + h * gb_h + t * gb_n
+    head = b * H + h
+    p_stack += (head * n_chunks + first) * (K * V)
+    p_reach += (head * n_chunks + first) * K
 
     s_gf = gl.allocate_shared_memory(gl.bfloat16, [2, C, K], NARROW)
     s_gb = gl.allocate_shared_memory(gl.bfloat16, [2, C, K], NARROW)
     s_k = gl.allocate_shared_memory(gl.bfloat16, [2, C, K], NARROW)
     s_v = gl.allocate_shared_memory(gl.bfloat16, [2, C, V], WIDE)
     s_ahead = gl.allocate_shared_memory(gl.bfloat16, [C, C], WIDE)
+    s_state = gl.allocate_shared_memory(gl.bfloat16, [V, K], NARROW)
     copy_rows(s_ahead, p_ahead, C, C, C)
+    last = size - 1
     copy_chunk(
-        s_k, s_v, s_gf, s_gb, 0, p_k, p_v, p_gf, p_gb, k_n, v_n, gf_n, gb_n, size * 0, n, 0,
+        s_k, s_v, s_gf, s_gb, last % 2, p_k, p_v, p_gf, p_gb, k_n, v_n, gf_n, gb_n, last, n, 0,
     )  # fmt: skip
     async_copy.commit_group()
 
@@ -89,9 +101,12 @@ def adds_kernel(
     total_f = gl.zeros([V, K], gl.float32, layout=KEYS)
     total_b = gl.zeros([V, K], gl.float32, layout=KEYS)
     weakest = gl.zeros([V], gl.float32, layout=gl.SliceLayout(1, KEYS))
+    row = gl.arange(0, V, layout=gl.SliceLayout(1, KEYS))[:, None]
+    col = gl.arange(0, K, layout=gl.SliceLayout(0, KEYS))[None, :]
+    at = row * K + col
     zero = gl.minimum(N, 0)
     for step in range(size):
-        i_c = gl.to_tensor(step)
+        i_c = last - step
         stage = i_c % 2
         z = i_c & zero
         async_copy.wait_group(0)
@@ -100,11 +115,12 @@ def adds_kernel(
         s_kb = s_gb.index(stage)
         own_f = warpgroup_mma(ones, s_kf, none, use_acc=False, is_async=True)
         own_b = warpgroup_mma(ones, s_kb, none, use_acc=False, is_async=True)
+        s_state.store(left.to(gl.bfloat16))
         # Into the memory of the step before, which all warps have left.
-        rest = gl.where(i_c + 1 < size, n, 0)
+        rest = gl.where(i_c > 0, n, 0)
         copy_chunk(
-            s_k, s_v, s_gf, s_gb, 1 - stage, p_k, p_v, p_gf, p_gb, k_n, v_n, gf_n, gb_n, i_c + 1,
-            rest, z,
+            s_k, s_v, s_gf, s_gb, 1 - stage, p_k, p_v, p_gf, p_gb, k_n, v_n, gf_n, gb_n,
+            gl.where(i_c > 0, i_c - 1, 0), rest, z,
         )  # fmt: skip
         async_copy.commit_group()
         own_f, own_b = warpgroup_mma_wait(0, deps=[own_f, own_b])
@@ -113,8 +129,9 @@ def adds_kernel(
         own_f = own_f * LOG2E
         own_b = own_b * LOG2E
         weakest = gl.minimum(weakest, gl.min(gl.minimum(own_f, own_b), 1))
-        total_f = held(total_f + own_f)
-        right = held(right * gl.exp2(own_f))
+        gl.store(p_reach + i_c * K + at, gl.exp2(total_b), mask=at < K)
+        total_b = held(total_b + own_b)
+        left = held(left * gl.exp2(own_b))
         c, d = warpgroup_mma_wait(0, deps=[c, d])
         # Where the gates were.
         k = s_k.index(stage).load(KEYS)
@@ -122,17 +139,15 @@ def adds_kernel(
         s_kb.store(decayed(k, d * LOG2E))
         fence_async_shared()
         y = s_v.index(stage).permute((1, 0))
-        right = warpgroup_mma(y, s_kf, right, is_async=True)
-        added = warpgroup_mma(y, s_kb, none, use_acc=False, is_async=True)
-        right, added = warpgroup_mma_wait(0, deps=[right, added])
-        # Decayed by what lies left of the chunk, so that the walk is the same.
-        left += added * gl.exp2(total_b)
-        total_b += own_b
-    slot = (b * H + h) * n_segments + i_s
+        left = warpgroup_mma(y, s_kb, left, is_async=True)
+        added = warpgroup_mma(y, s_kf, none, use_acc=False, is_async=True)
+        store_rows(s_state, p_stack + i_c * (K * V), K, gl.where(step > 0, V, 0), K, z)
+        left, added = warpgroup_mma_wait(0, deps=[left, added])
+        # Decayed by what lies right of the chunk, so that the walk is the same.
+        right += added * gl.exp2(total_f)
+        total_f += own_f
+    slot = head * n_segments + i_s
     flow = gl.num_programs(0).to(gl.int64)
-    row = gl.arange(0, V, layout=gl.SliceLayout(1, KEYS))[:, None]
-    col = gl.arange(0, K, layout=gl.SliceLayout(0, KEYS))[None, :]
-    at = row * K + col
     gl.store(p_decays + slot * K + at, total_f, mask=at < K)
     gl.store(p_decays + (flow + slot) * K + at, total_b, mask=at < K)
     each = gl.arange(0, V, layout=gl.SliceLayout(1, KEYS))

@@ -31,6 +31,14 @@ def await_previous():
 
 
 @gluon.jit
+def segment_chunks(i_s, n_segments, n_chunks):
+    """As in `bigla_tiles.py`."""
+    each = n_chunks // n_segments
+    longer = n_chunks % n_segments
+    return i_s * each + gl.minimum(i_s, longer), each + gl.where(i_s < longer, 1, 0)
+
+
+@gluon.jit
 def copy_rows(to, p, stride, n, D: gl.constexpr, z=0):
     """Starts the copy of rows 0..64 of (n, D) at p to shared memory; zeros beyond n rows.
 

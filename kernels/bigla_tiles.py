@@ -92,6 +92,14 @@ def after(C: tl.constexpr, STRICT: tl.constexpr, LESS: tl.constexpr = 0.0):
 
 
 @triton.jit
+def segment_chunks(i_s, n_segments, n_chunks):
+    """First chunk of segment i_s and how many it has: segments differ by one chunk at most."""
+    each = n_chunks // n_segments
+    longer = n_chunks % n_segments
+    return i_s * each + tl.minimum(i_s, longer), each + tl.where(i_s < longer, 1, 0)
+
+
+@triton.jit
 def leading_bits(x):
     """float32 x cut to the precision of bfloat16, by masking: cheaper than rounding to and fro."""
     return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)

@@ -90,3 +90,18 @@ def test_gradients_are_contiguous_and_in_the_dtypes_of_their_tensors() -> None:
     inputs = make_inputs((1, 66, 1, KEY), VALUE, 'zero', DTYPE)
     for x, y in zip(run(inputs), inputs, strict=False):
         assert x.is_contiguous() and x.shape == y.shape and x.dtype == y.dtype
+
+
+def test_segment_length() -> None:
+    length = bigla_bwd_gluon.segment_length
+    assert length(1, 1, 132) == 1
+    assert length(4, 3072, 132) == 4 and length(16, 48, 132) == 16
+    # 1,056 programs fill 2.7 rounds of 396; with 8 chunks 864 would take as many.
+    assert length(66, 24, 132) == 6
+    assert length(1024, 12, 132) == 8
+
+
+@pytest.mark.parametrize(('tokens', 'chunks'), [(80, 2), (81, 2), (144, 2), (144, 3), (208, 2)])
+def test_few_tokens_in_the_last_chunk(tokens: int, chunks: int) -> None:
+    """They are done apart, but where the chunk is a segment of its own, or has 17 or more."""
+    check(make_inputs((2, tokens, 2, KEY), VALUE, 'network', DTYPE), chunks)

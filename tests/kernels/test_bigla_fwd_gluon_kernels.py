@@ -92,8 +92,13 @@ def test_same_bits_every_time(chunks: int) -> None:
     assert torch.equal(run(inputs, chunks), run(inputs, chunks))
 
 
-def test_segment_length() -> None:
-    length = bigla_fwd_gluon.segment_length
-    assert length(1, 1, 132) == 1
-    assert length(4, 3072, 132) == 4  # held
-    assert length(66, 6, 132) == 2 and length(66, 24, 132) == 4 and length(1024, 12, 132) == 8
+def test_segments() -> None:
+    segments = bigla_fwd_gluon.segments
+    assert segments(1, 1, 132) == 1
+    assert segments(4, 3072, 132) == 1  # held
+    assert segments(2, 1, 132) == segments(5, 3072, 132) == 2
+    # As many programs as a GPU of 132 multiprocessors runs at once, three on each.
+    assert segments(66, 24, 132) == 16 and segments(1024, 12, 132) == 33
+    assert segments(66, 6, 132) == 22 and segments(16, 48, 132) == 8  # of three, and of two chunks
+    # Rounds of 396 programs: 1,500 fill four better than 600 two.
+    assert segments(66, 300, 132) == 5
