@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmvig.engine import CudaGraphHook, CudaGraphs, acceleration, use_cuda_graphs
+from mmvig.engine import (
+    CudaGraphHook,
+    CudaGraphs,
+    acceleration,
+    compile_backbone,
+    use_cuda_graphs,
+)
 from mmvig.engine.capture import conversion
 from mmvig.engine.cuda_graphs import _Recording
 from mmvig.models import ViTAdapter
@@ -192,7 +198,7 @@ def test_kept_weights_are_made_anew_before_a_replay() -> None:
 @pytest.mark.parametrize('compiled', [False, True], ids=['eager', 'compiled'])
 def test_replaying_changes_nothing(compiled: bool) -> None:
     """Also when sizes alternate in one memory pool, graphs come and go, and weights change."""
-    # Compiling takes minutes with four interactions, which are compiled one by one.
+    # Compiling takes minutes, and more with four interactions, which are compiled one by one.
     fewer = dict(interaction_indexes=((0, 3),)) if compiled else {}
     model = small_adapter(norm_cfg=dict(type='BN'), **fewer).cuda().eval()
     sizes = [(64, 96), (96, 64), (64, 64)]
@@ -205,7 +211,7 @@ def test_replaying_changes_nothing(compiled: bool) -> None:
 
     expected = run(images)
     if compiled:
-        model.compile(fullgraph=True, dynamic=True)
+        compile_backbone(model, dynamic=True)
     graphs = use_cuda_graphs(model, max_graphs=2)
     outs = run(images)
     assert len(graphs._graphs) == 2
