@@ -95,8 +95,13 @@ def build_model(cfg: Config, checkpoint: str, device: str) -> tuple[nn.Module, C
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If the checkpoint cannot be read or is of another model.
+        ValueError: If the config has no test data, or the checkpoint cannot be read or is of
+            another model.
     """
+    if cfg.get('test_dataloader') is None:
+        raise ValueError(
+            f'{cfg.filename} has no test_dataloader, whose pipeline is what images go through'
+        )
     weights = load_state_dict(checkpoint)
     if cfg.get('default_scope') == 'mmseg':
         from mmseg.apis import inference_model as infer

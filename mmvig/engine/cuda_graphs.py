@@ -94,8 +94,8 @@ class CudaGraphs:
         training: bool = False,
         direct_gradients: bool = False,
     ) -> None:
-        if max_graphs < 1:
-            raise ValueError(f'max_graphs must be at least 1, got {max_graphs}')
+        if not isinstance(max_graphs, int) or max_graphs < 1:
+            raise ValueError(f'max_graphs must be an integer of at least 1, got {max_graphs!r}')
         if training:
             _refuse_recomputation(module)
         self.max_graphs = max_graphs

@@ -134,9 +134,10 @@ def test_copies_and_checkpoints_know_nothing_of_graphs() -> None:
         assert copied._compiled_call_impl is None
 
 
-def test_a_number_of_graphs_is_wanted() -> None:
-    with pytest.raises(ValueError, match='max_graphs must be at least 1, got 0'):
-        CudaGraphs(Doubled(), 0)
+@pytest.mark.parametrize('number', [0, 1.5, '4'])
+def test_a_number_of_graphs_is_wanted(number: object) -> None:
+    with pytest.raises(ValueError, match=f'an integer of at least 1, got {number!r}'):
+        CudaGraphs(Doubled(), number)
 
 
 def test_the_hook_finds_the_backbone_and_a_model_without_one_is_refused() -> None:

@@ -66,3 +66,10 @@ def test_nothing_is_overwritten(fail, images: Path) -> None:
     line = fail('image_demo.py', images / 'a.jpg', images / 'more' / 'a.jpg', 'CONFIG', 'FILE')
     assert 'would both be drawn to' in line
     assert (images / 'a.jpg').read_bytes() == before
+
+
+def test_a_config_without_test_data(fail, images: Path, tmp_path: Path) -> None:
+    config = tmp_path / 'model.py'
+    config.write_text('test_dataloader = None')
+    line = fail('image_demo.py', images / 'a.jpg', config, 'FILE', '--out-dir', tmp_path / 'out')
+    assert f'{config} has no test_dataloader' in line
