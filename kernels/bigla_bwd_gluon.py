@@ -58,7 +58,7 @@ from mmvig.kernels.launch import kernel
 RESIDENT = 3  # programs of the states, and of the gradients, a multiprocessor
 LAUNCH = dict(num_warps=4, maxnreg=168)
 TAIL_LAUNCH = dict(num_warps=1)
-STAGES = 3  # chunks in shared memory in the states: that in work and the next
+STAGES = 3  # chunks in shared memory in the states: that in work and the next two
 OVERHEAD = 2  # of a program of the states, in chunks; fits what was measured
 
 
