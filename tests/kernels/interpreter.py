@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 GPU = torch.cuda.is_available() and not INTERPRETED
@@ -27,6 +29,11 @@ def run_interpreted(path: Path) -> None:
 
     `TRITON_INTERPRET` counts only if set before Triton is imported, hence the process.
     """
+    import triton
+
+    # 3.6 was seen to fail at every loop, 3.8 not; those between were not looked at
+    if TorchVersion(triton.__version__) < '3.8' and TorchVersion(np.__version__) >= '2.4':
+        pytest.skip("this Triton's interpreter does not run with NumPy 2.4 and newer")
     command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', str(path)]
     env = {**os.environ, 'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'}
     result = subprocess.run(command, env=env, capture_output=True, text=True)
