@@ -100,7 +100,8 @@ def build_model(cfg: Config, checkpoint: str, device: str) -> tuple[nn.Module, C
     """
     if cfg.get('test_dataloader') is None:
         raise ValueError(
-            f'{cfg.filename} has no test_dataloader, whose pipeline is what images go through'
+            f'{cfg.filename} has no test_dataloader, whose pipeline is what images go through; '
+            'give one, such as its val_dataloader'
         )
     weights = load_state_dict(checkpoint)
     if cfg.get('default_scope') == 'mmseg':
