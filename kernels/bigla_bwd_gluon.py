@@ -29,14 +29,16 @@ from mmvig.kernels.bigla_bwd_looped import grad_kernel
 from mmvig.kernels.bigla_bwd_outputs import Gradients, Into, new_outputs, row_strides
 from mmvig.kernels.bigla_bwd_tail import TOKENS as TAIL
 from mmvig.kernels.bigla_bwd_tail import tail_grads_kernel
-from mmvig.kernels.bigla_fwd_edges import weights
 from mmvig.kernels.bigla_gluon_tiles import (
     CHUNK,
     KEYS,
+    LAUNCH,
     LEFT_KEYS,
     LEFT_TOKENS,
     LOG2E,
     NARROW,
+    OVERHEAD,
+    RESIDENT,
     ROWS_K,
     TOKENS,
     WIDE,
@@ -50,16 +52,13 @@ from mmvig.kernels.bigla_gluon_tiles import (
     held_pairs,
     write_rows,
 )
-from mmvig.kernels.bigla_plan import make_plan
-from mmvig.kernels.bigla_tiles import scan_states, strides
+from mmvig.kernels.bigla_plan import duration, make_plan
+from mmvig.kernels.bigla_tiles import scan_states, strides, triangles
 from mmvig.kernels.grid import ceil_div, multiprocessors
 from mmvig.kernels.launch import kernel
 
-RESIDENT = 3  # programs of the states, and of the gradients, a multiprocessor
-LAUNCH = dict(num_warps=4, maxnreg=168)
 TAIL_LAUNCH = dict(num_warps=1)
 STAGES = 3  # chunks in shared memory in the states: that in work and the next two
-OVERHEAD = 2  # of a program of the states, in chunks; fits what was measured
 
 
 @gluon.jit
@@ -272,15 +271,14 @@ def grads_kernel(
 def segment_length(n_chunks: int, heads: int, processors: int) -> int:
     """Chunks of a segment, which four programs walk, one a flow.
 
-    Programs run in rounds, one a multiprocessor's place, and last as long as their chunks and some
-    more. Longer segments than `SEGMENT` gain nothing.
+    The fewest rounds of the shortest programs. Longer segments than `SEGMENT` gain nothing.
     """
     if n_chunks <= ONE_SEGMENT and 4 * heads >= processors:
         return n_chunks
 
     def cost(chunks: int) -> int:
         programs = 4 * heads * ceil_div(n_chunks, chunks)
-        return ceil_div(programs, RESIDENT * processors) * (chunks + OVERHEAD)
+        return duration(programs, RESIDENT * processors, chunks, OVERHEAD)
 
     return min(range(1, min(SEGMENT, n_chunks) + 1), key=cost)
 
@@ -306,19 +304,18 @@ def backward_in_gluon(
     several = n_segments > 1
     inputs = (q, k, v, gf, gb, do)
     local = q.new_empty(heads, n_chunks, 4, dv, dk)
-    table = weights(CHUNK, q.device)
+    table = triangles(CHUNK, q.device)
     sizes = (
         (heads if several else 0, n_chunks, 4, dk),
         (heads, n_chunks, 2, dk),
-        (2, heads, n_segments, dk),
+        (2 if several else 0, heads, n_segments, dk),
         (3, heads, n_segments),
         (4 if several else 0, heads, n_segments, dv, dk),
     )
     reach, totals, decays, weakest, states = (q.new_empty(s, dtype=torch.float32) for s in sizes)
     states_kernel[(4 * heads * n_segments,)](
         *inputs, local, reach, totals, states, decays, weakest, table, *strides(*inputs),
-        n, h, n_chunks, n_segments, chunks, HAS_STATES=several, STAGES=STAGES,
-        **LAUNCH,
+        n, h, n_chunks, n_segments, chunks, HAS_STATES=several, STAGES=STAGES, **LAUNCH,
     )  # fmt: skip
     if several:
         scan_states(states, decays)

@@ -59,7 +59,7 @@ def states_kernel(
 
     Where it is the only one, nothing follows its last chunk, which adds to no state then.
 
-    Inputs (B, N, H, K or V), bfloat16, and the table of `weights`. Results as of
+    Inputs (B, N, H, K or V), bfloat16, and the table of `triangles`. Results as of
     `local_states_kernel`: local (B*H, chunk, flow, V, K), bfloat16; totals (B*H, chunk, direction,
     K), and if `HAS_STATES` reach (B*H, chunk, flow, K), states (flow, B*H, segment, V, K) and
     decays (direction, B*H, segment, K), float32. Beyond those weakest (direction, B*H, segment),
@@ -106,7 +106,8 @@ def states_kernel(
     s_decayed = gl.allocate_shared_memory(gl.bfloat16, [C, K], NARROW)
     s_state = gl.allocate_shared_memory(gl.bfloat16, [V, K], NARROW)
     s_beyond = gl.allocate_shared_memory(gl.bfloat16, [C, C], WIDE)
-    # Tokens between each and the edge that the flow runs to; in dS its own gate counts, too.
+    # Of the table, which has ones up to, from, after and before each token: what lies between it
+    # and the edge that the flow runs to; in dS its own gate counts, too.
     which = gl.where(of_grads, gl.where(leftward, 0, 1), gl.where(leftward, 3, 2))
     copy_rows(s_beyond, p_table + which * C * C, C, C, C)
     steps = last - first + 1

@@ -28,7 +28,7 @@ from mmvig.kernels.bigla_fwd_tiles import (
     table,
 )
 from mmvig.kernels.bigla_plan import make_plan
-from mmvig.kernels.bigla_tiles import half_gates, segment_chunks, strides, sum_gates
+from mmvig.kernels.bigla_tiles import half_gates, segment_chunks, strides, sum_gates, triangles
 from mmvig.kernels.grid import ceil_div, multiprocessors
 from mmvig.kernels.launch import await_previous, kernel
 
@@ -55,7 +55,7 @@ def adds_kernel(
 
     k, gates (B, N, H, K), v (B, N, H, V); adds (flow, B*H, segment, V, K) of dtype OP, decays
     (flow, B*H, segment, K) in bits, weakest (B*H, segment) the strongest decay of a chunk, float32;
-    table as `weights` makes it. Products accumulate in float32.
+    table as `triangles` makes it. Products accumulate in float32.
     """
     await_previous()
     head = tl.program_id(0)
@@ -275,17 +275,6 @@ def out_kernel(
         tl.store(p_weakest + slot, tl.min(weakest))
 
 
-@lru_cache
-def weights(chunk: int, device: torch.device) -> Tensor:
-    """Up to, from, behind, ahead of each token: (4, C, C) bfloat16.
-
-    Copied from the host, which waits for it, so that any stream may read it; not while a CUDA graph
-    is captured, to whose memory it would belong: a self-check calls this first.
-    """
-    x = torch.ones(chunk, chunk, dtype=torch.bfloat16)
-    return torch.stack([x.tril(), x.triu(), x.triu(1), x.tril(-1)]).to(device)
-
-
 @lru_cache(maxsize=1024)
 def segment_length(n_chunks: int, heads: int, slots: int) -> int:
     """Chunks of a segment for so many chunks a head and multiprocessors."""
@@ -325,7 +314,7 @@ def forward_from_edges(
     right = q.new_empty(b * h, n_segments if several else 0, dv, dk, dtype=p.torch_op)
     stack = q.new_empty(b * h, n_chunks, dv, dk, dtype=p.torch_op)
     weakest = q.new_empty(b * h, n_segments, dtype=torch.float32)
-    table = weights(chunk, q.device)
+    table = triangles(chunk, q.device)
     if several:
         added = q.new_empty(2, b * h, n_segments, dv, dk, dtype=p.torch_op)
         decays = q.new_empty(2, b * h, n_segments, dk, dtype=torch.float32)

@@ -23,16 +23,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mmvig.kernels.bigla_fwd_edges import scan_kernel, weights
+from mmvig.kernels.bigla_fwd_edges import scan_kernel
 from mmvig.kernels.bigla_fwd_exact import launch_exact
 from mmvig.kernels.bigla_fwd_gluon_adds import adds_kernel
 from mmvig.kernels.bigla_gluon_tiles import (
     CHUNK,
     KEYS,
+    LAUNCH,
     LEFT_KEYS,
     LEFT_TOKENS,
     LOG2E,
     NARROW,
+    OVERHEAD,
+    RESIDENT,
     ROWS_K,
     TOKENS,
     WIDE,
@@ -47,16 +50,13 @@ from mmvig.kernels.bigla_gluon_tiles import (
     segment_chunks,
     write_rows,
 )
-from mmvig.kernels.bigla_plan import make_plan
-from mmvig.kernels.bigla_tiles import strides
+from mmvig.kernels.bigla_plan import duration, make_plan
+from mmvig.kernels.bigla_tiles import strides, triangles
 from mmvig.kernels.grid import ceil_div, multiprocessors
 from mmvig.kernels.launch import kernel
 
 HELD = 4  # chunks of a sequence that shared memory holds
-RESIDENT = 3  # programs a multiprocessor; two, where a sequence is held
-LAUNCH = dict(num_warps=4, maxnreg=168)
-HELD_LAUNCH = dict(num_warps=4)
-OVERHEAD = 2  # of a program, in chunks; fits what was measured
+HELD_LAUNCH = dict(num_warps=4)  # two programs a multiprocessor
 ROUNDS = 32  # of programs that are looked at
 
 
@@ -82,7 +82,7 @@ def copy_queries(s_gf, s_q, stage, p_gf, p_q, gf_n, q_n, i_c, n, z=0):
 
 
 @gluon.jit
-def stack_held(s_gb, s_k, s_v, s_sb, s_decayed, s_upto, steps, zero):
+def stack_held(s_gb, s_k, s_v, s_sb, s_decayed, s_upto, steps):
     """Stacks, in s_sb, the S_b that enter the chunks before the last, number `steps`.
 
     For a sequence that is one segment and held in shared memory; the last chunk is there.
@@ -194,7 +194,7 @@ def out_kernel(
         gl.store(p_stack + last * (K * V) + at, s_f.to(gl.bfloat16))
         weakest = gl.zeros([C], gl.float32, layout=gl.SliceLayout(1, KEYS))
         async_copy.wait_group(1)
-        stack_held(s_gb, s_k, s_v, s_sb, s_aside, s_upto, last, zero)
+        stack_held(s_gb, s_k, s_v, s_sb, s_aside, s_upto, last)
     for step in range(size):
         i_c = gl.to_tensor(step)
         stage = i_c % 2
@@ -262,8 +262,8 @@ def out_kernel(
 def segments(n_chunks: int, heads: int, processors: int) -> int:
     """Segments of so many chunks a head; one, if the sequence is held.
 
-    Programs run in rounds, one a multiprocessor's place, and last as long as their chunks and some
-    more. Segments have three chunks at least, or two where that makes eight at most.
+    The fewest rounds of the shortest programs. Segments have three chunks at least, or two where
+    that makes eight at most.
     """
     if n_chunks == 1 or (n_chunks <= HELD and heads >= 2 * processors):
         return 1
@@ -272,7 +272,7 @@ def segments(n_chunks: int, heads: int, processors: int) -> int:
     numbers = {max(2, min(most, rounds * places // heads)) for rounds in range(1, ROUNDS + 1)}
 
     def cost(number: int) -> int:
-        return ceil_div(heads * number, places) * (ceil_div(n_chunks, number) + OVERHEAD)
+        return duration(heads * number, places, ceil_div(n_chunks, number), OVERHEAD)
 
     return min(sorted(numbers), key=cost)
 
@@ -307,7 +307,7 @@ def forward_in_gluon(
     stack = q.new_empty(heads, n_chunks, dv, dk)
     reach = q.new_empty(heads, n_chunks if several else 0, dk, dtype=torch.float32)
     weakest = q.new_empty(heads, n_segments, dtype=torch.float32)
-    table = weights(CHUNK, q.device)
+    table = triangles(CHUNK, q.device)
     if several:
         added = q.new_empty(2, heads, n_segments, dv, dk)
         decays = q.new_empty(2, heads, n_segments, dk, dtype=torch.float32)

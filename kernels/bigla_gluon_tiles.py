@@ -1,4 +1,4 @@
-"""What the kernels of `bidirectional_gla` in Gluon share: sizes, layouts, tiles from and to memory.
+"""What the kernels of `bidirectional_gla` in Gluon share: sizes, launch, layouts, tiles.
 
 Key dim 32, value dim 64, chunks of 64 tokens, bfloat16, 4 warps.
 """
@@ -8,6 +8,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 CHUNK = 64
+RESIDENT = 3  # programs a multiprocessor, with these options
+LAUNCH = dict(num_warps=4, maxnreg=168)
+OVERHEAD = 2  # of a program that walks a segment, in chunks; fits what was measured
 C, K, V = gl.constexpr(CHUNK), gl.constexpr(32), gl.constexpr(64)
 LOG2E = gl.constexpr(1.4426950408889634)
 # Results of products in registers, K and V or C wide, and their left operands there.

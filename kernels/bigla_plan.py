@@ -92,17 +92,25 @@ def plan_for(
     )
 
 
+def duration(programs: int, slots: int, chunks: int, overhead: int) -> int:
+    """How long programs take, in chunks of one.
+
+    They run in rounds of as many as a device holds at once, `slots`, and each walks its `chunks`
+    and does what is worth `overhead` more.
+    """
+    return ceil_div(programs, slots) * (chunks + overhead)
+
+
 def choose_chunks(n_chunks: int, heads: int, slots: int) -> int:
     """Chunks of a segment that fill a device which runs `slots` programs at once.
 
-    A program costs its chunks and about one more for its states, programs run in waves, and a
-    sequence of several segments costs half as much again to reduce and scan them.
+    A program costs about one chunk more for its states, and a sequence of several segments half as
+    much again to reduce and scan them.
     """
 
     def cost(chunks: int) -> float:
-        segments = -(-n_chunks // chunks)
-        waves = -(-heads * segments // slots)
-        return waves * (chunks + 1) * (1.5 if segments > 1 else 1)
+        segments = ceil_div(n_chunks, chunks)
+        return duration(heads * segments, slots, chunks, 1) * (1.5 if segments > 1 else 1)
 
     sizes = [*range(1, min(n_chunks, MAX_CHUNKS) + 1)]
     return min(sizes, key=cost)

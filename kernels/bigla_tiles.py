@@ -15,7 +15,9 @@ Value channels lead, so that decays scale columns, as they do in every other til
 """
 
 import os
+from functools import lru_cache
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -258,3 +260,14 @@ def scan_states(states: Tensor, decays: Tensor) -> None:
 def strides(*tensors: Tensor) -> list[int]:
     """Batch, token and head strides of (B, N, H, D) tensors, in the order of the kernels."""
     return [s for x in tensors for s in x.stride()[:3]]
+
+
+@lru_cache
+def triangles(chunk: int, device: torch.device) -> Tensor:
+    """Ones up to, from, after and before each token: (4, C, C) bfloat16, weights of sums.
+
+    Copied from the host, which waits for it, so that any stream may read it; not while a CUDA graph
+    is captured, to whose memory it would belong: a self-check calls this first.
+    """
+    x = torch.ones(chunk, chunk, dtype=torch.bfloat16)
+    return torch.stack([x.tril(), x.triu(), x.triu(1), x.tril(-1)]).to(device)

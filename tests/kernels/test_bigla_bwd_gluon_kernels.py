@@ -101,7 +101,25 @@ def test_segment_length() -> None:
     assert length(1024, 12, 132) == 8
 
 
-@pytest.mark.parametrize(('tokens', 'chunks'), [(80, 2), (81, 2), (144, 2), (144, 3), (208, 2)])
-def test_few_tokens_in_the_last_chunk(tokens: int, chunks: int) -> None:
-    """They are done apart, but where the chunk is a segment of its own, or has 17 or more."""
+last_chunks = pytest.mark.parametrize(
+    ('tokens', 'chunks', 'apart'),
+    [(80, 2, True), (81, 2, False), (144, 2, False), (144, 3, True), (208, 2, True)],
+)
+
+
+@last_chunks
+def test_few_tokens_in_the_last_chunk(tokens: int, chunks: int, apart: bool) -> None:
     check(make_inputs((2, tokens, 2, KEY), VALUE, 'network', DTYPE), chunks)
+
+
+@last_chunks
+def test_few_tokens_are_done_apart(
+    tokens: int, chunks: int, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But where the chunk is a segment of its own, or has 17 or more."""
+    monkeypatch.setattr(bigla_bwd_gluon, 'tail_grads_kernel', NoKernel())
+    for x in run(make_inputs((2, tokens, 2, KEY), VALUE, 'network', DTYPE), chunks):
+        missing = x.isnan().flatten(2)
+        last = missing[:, 64 * (tokens // 64) :]
+        assert last.all() if apart else not last.any()
+        assert not missing[:, : 64 * (tokens // 64)].any()
